@@ -390,6 +390,22 @@ int64_t rc_grants_read(struct rc_guest *g, uint8_t *out, size_t size)
     return (int64_t)have;
 }
 
+/* Set in @bitmap the gfns that backends have mapped for writing: what they write there is not in the
+ * dirty log until they unmap. Returns how many. */
+int64_t rc_grants_mark_writable(struct rc_guest *g, uint8_t *bitmap)
+{
+    const grant_entry_v1_t *entry = g->grants;
+    uint32_t have = g->grant_frames * (uint32_t)(RC_PAGE_SIZE / sizeof *entry);
+    int64_t n = 0;
+
+    for (uint32_t i = 0; i < have; i++)
+        if (entry[i].flags & GTF_writing && entry[i].frame < g->nr_gfns) {
+            bit_put(bitmap, entry[i].frame, 1);
+            n++;
+        }
+    return n;
+}
+
 /* Write v1 entries from reference @first up. GTF_reading and GTF_writing are Xen's record of what is
  * mapped on this host and mean nothing on another, so they are cleared. Entries beyond @size are zeroed.
  * Returns how many entries of the old table were still mapped: 0 if all backends had let go. */

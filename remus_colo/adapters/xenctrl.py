@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 from remus_colo.adapters import bindings
 from remus_colo.errors import HostError, XenError
@@ -78,6 +78,12 @@ class DomainInfo:
     blocked: bool
 
 
+class Clock(Protocol):
+    """Reads a host's Xen system time."""
+
+    def now_ns(self) -> int: ...
+
+
 def _native() -> tuple[Any, Any]:
     try:
         from remus_colo._native import _xen  # type: ignore[attr-defined]
@@ -129,7 +135,7 @@ class Guest:
             self._lib.rc_guest_close(self._guest)
             self._guest = self._ffi.NULL
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -336,6 +342,10 @@ class Guest:
         )
         return bytes(out[:size])
 
+    def mark_writable_grants(self, bitmap: bytearray) -> int:
+        """Set the gfns that backends have mapped for writing (their writes are in no dirty log)."""
+        return int(self._lib.rc_grants_mark_writable(self._guest, self._ffi.from_buffer("uint8_t[]", bitmap)))
+
     def set_grants(self, entries: bytes) -> int:
         """Load v1 entries from reference 8 up, their in-use flags cleared.
 
@@ -412,7 +422,7 @@ def _register_callback(lib: Any, ffi: Any) -> None:
             return 0
         return 1
 
-    setattr(_register_callback, "done", True)
+    _register_callback.done = True  # type: ignore[attr-defined]
 
 
 def bitmap_or(into: bytearray, other: bytes | bytearray) -> int:

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the engine must know of a guest, and what it refuses, with words that say why and what to do."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from remus_colo.adapters import backend
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.xenctrl import HVM_PARAM_CONSOLE_PFN, HVM_PARAM_STORE_PFN, DomainInfo, Guest
+from remus_colo.adapters.xenstore import Store
+from remus_colo.errors import DomainError
+
+# Devices without a backend that matters: consoles end in xenconsoled, vkbd and vfb of a guest without a
+# display are never connected.
+IGNORED_DEVICES = frozenset({"vif", "console", "suspend"})
+
+
+class Mode(enum.StrEnum):
+    """How the VMs are stopped and resumed for a checkpoint."""
+
+    TRANSPARENT = "transparent"
+    COOPERATIVE = "cooperative"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestLayout:
+    """What stays the same over the guest's life."""
+
+    domid: int
+    store_gfn: int
+    console_gfn: int
+    vifs: tuple[Vif, ...]
+
+    @classmethod
+    def read(cls, guest: Guest, store: Store) -> GuestLayout:
+        return cls(
+            domid=guest.domid,
+            store_gfn=guest.hvm_param(HVM_PARAM_STORE_PFN),
+            console_gfn=guest.hvm_param(HVM_PARAM_CONSOLE_PFN),
+            vifs=tuple(backend.vifs(store, guest.domid)),
+        )
+
+    @property
+    def private_gfns(self) -> tuple[int, int]:
+        """Pages shared with this host's own xenstored and xenconsoled: they never travel."""
+        return self.store_gfn, self.console_gfn
+
+
+def refuse_config(name: str, config: dict[str, Any]) -> None:
+    """Refuse a domain whose kind or devices cannot be protected.
+
+    :param config: libxl's JSON configuration.
+    :raise DomainError: with the reason.
+    """
+    kind = config.get("b_info", {}).get("type") or config.get("c_info", {}).get("type")
+    if kind == "pv":
+        raise DomainError(
+            f"{name} is a PV guest, and COLO needs hardware virtualization: change it to type=\"pvh\" "
+            "(any Linux since 4.11 boots so), or protect it with classic Remus"
+        )
+    if kind == "hvm":
+        raise DomainError(
+            f"{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type=\"pvh\""
+        )
+    for disk in config.get("disks", []):
+        if disk.get("readwrite", 0):
+            raise DomainError(
+                f"{name} has a writable disk ({disk.get('vdev', '?')}), which would differ between the hosts: "
+                "COLO does not replicate disks; detach it or make it read-only"
+            )
+
+
+def refuse_guest(name: str, info: DomainInfo, guest: Guest, store: Store) -> None:
+    """Refuse a running domain that the engine cannot handle.
+
+    :raise DomainError: with the reason.
+    """
+    if info.dying or info.shutdown:
+        raise DomainError(f"{name} is not running (it is shutting down or crashed): start it first")
+    if info.paused:
+        raise DomainError(f"{name} is paused: unpause it first (xl unpause {name})")
+    if not info.hvm:
+        raise DomainError(f"{name} is a PV guest, and COLO needs hardware virtualization: change it to type=\"pvh\"")
+    if not info.hap:
+        raise DomainError(f"{name} runs on shadow page tables: start it with hap=1, the dirty log needs it")
+    if info.vcpus != 1:
+        raise DomainError(
+            f"{name} has {info.vcpus} vCPUs: their interleaving differs between the hosts and every reply would diverge; "
+            "give it vcpus=1"
+        )
+    version = guest.grant_version()
+    if version != 1:
+        raise DomainError(
+            f"{name} uses grant table version {version}: add max_grant_version=1 to its configuration and restart it"
+        )
+    for kind in store.list(f"/local/domain/{info.domid}/device"):
+        if kind not in IGNORED_DEVICES and store.list(f"/local/domain/{info.domid}/device/{kind}"):
+            raise DomainError(f"{name} has a {kind} device, which cannot be checkpointed: detach it first")

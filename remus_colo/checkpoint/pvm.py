@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The primary's half of the engine: stop the PVM, copy what changed, let it run again."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from remus_colo.adapters import backend, xenctrl
+from remus_colo.adapters.backend import XenbusState
+from remus_colo.adapters.xenctrl import (
+    HVM_PARAM_CONSOLE_EVTCHN,
+    HVM_PARAM_STORE_EVTCHN,
+    PAGE_SIZE,
+    EventChannel,
+    Guest,
+    ShutdownReason,
+)
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint import sharedinfo
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
+from remus_colo.errors import DomainError, XenError
+
+log = logging.getLogger(__name__)
+
+SUSPEND_TIMEOUT_S = 60.0  # a guest that has not suspended by then never will; emulated hosts need seconds
+BACKEND_TIMEOUT_S = 20.0
+RING_TIMEOUT_S = 0.05  # netback answers within microseconds unless a packet is held elsewhere
+STORE_RING_TIMEOUT_S = 1.0
+FIRST_CAPACITY_PAGES = 8192
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """One checkpoint's content, in buffers that the next one reuses once ``release`` was called."""
+
+    epoch: int
+    gfns: bytearray
+    pages: bytearray
+    count: int
+    grants: bytes
+    context: bytes
+    ring_nodes: dict[int, dict[str, str]]  # per vif handle
+    event_channels: list[EventChannel]
+    shared_info_gfn: int
+    xen_time_ns: int
+    collect_s: float = 0.0
+    zero_gfns: bytes = b""
+
+    def squeeze(self) -> None:
+        """Take out the pages of zeros; not done while the guest waits."""
+        self.count, self.zero_gfns = xenctrl.squeeze_zero_pages(self.gfns, self.pages, self.count)
+
+
+@dataclass(slots=True)
+class _Buffers:
+    gfns: bytearray = field(default_factory=bytearray)
+    pages: bytearray = field(default_factory=bytearray)
+
+    def reserve(self, pages: int) -> None:
+        if len(self.gfns) // 8 < pages:
+            self.gfns = bytearray(pages * 8)
+            self.pages = bytearray(pages * PAGE_SIZE)
+
+
+class PvmEngine:
+    """Checkpoints of one running guest.
+
+    The owner calls, per checkpoint: :meth:`stop`, :meth:`collect`, :meth:`go`.
+
+    :param clock: reads this host's Xen system time in ns.
+    """
+
+    def __init__(self, guest: Guest, store: Store, layout: GuestLayout, clock: xenctrl.Clock) -> None:
+        self.guest = guest
+        self.store = store
+        self.layout = layout
+        self.clock = clock
+        self.mode = Mode.TRANSPARENT
+        self._buffers = _Buffers()
+        self._mapped_for: tuple[int, int] | None = None
+        self._ring_gfns: dict[int, list[int]] = {}
+        self._logging = False
+        self._stopped = False
+
+    # -- the guest's own suspend -----------------------------------------------------------------------
+
+    @property
+    def _shutdown_node(self) -> str:
+        return f"/local/domain/{self.guest.domid}/control/shutdown"
+
+    def suspend(self, timeout_s: float = SUSPEND_TIMEOUT_S) -> None:
+        """Ask the guest to suspend itself and wait until it has.
+
+        :raise DomainError: if it does not, or shuts down instead; the request is withdrawn.
+        """
+        self.store.write(self._shutdown_node, "suspend")
+        if self.store.wait(["@releaseDomain"], lambda: self.guest.info().shutdown, timeout_s=timeout_s):
+            reason = self.guest.info().shutdown_reason
+            if reason == ShutdownReason.SUSPEND:
+                return
+            raise DomainError(f"the guest shut down (reason {reason}) while it was asked to suspend")
+        self.store.write(self._shutdown_node, "")
+        raise DomainError(
+            f"the guest did not suspend within {timeout_s:g} s: its kernel must support Xen suspend "
+            "(CONFIG_HIBERNATE_CALLBACKS), as live migration does"
+        )
+
+    def uses_two_level_events(self) -> bool:
+        """Whether the guest uses the 2-level event channel ABI, found out by an event.
+
+        The guest is paused, xenstored is made to notify it, and the port's bit in the shared_info page
+        tells: FIFO events are kept elsewhere.  Only call when the guest is about to be suspended, as what
+        makes xenstored notify it is the request to suspend.
+        """
+        port = self.guest.hvm_param(HVM_PARAM_STORE_EVTCHN)
+        self.guest.pause()
+        try:
+            self.guest.remap(self.guest.info().shared_info_gfn)
+            page = self.guest.page(self.guest.info().shared_info_gfn)
+            self.store.write(self._shutdown_node, "suspend")
+            deadline_s = time.monotonic() + STORE_RING_TIMEOUT_S
+            while not sharedinfo.is_pending(page, port):
+                if time.monotonic() > deadline_s:
+                    return False
+                time.sleep(0.005)  # nothing notifies dom0 of another domain's pending bit
+            return True
+        finally:
+            self.guest.unpause()
+
+    # -- start -----------------------------------------------------------------------------------------
+
+    def start_logging(self) -> None:
+        """Log what the PVM dirties from now on. Call while it is suspended."""
+        self.guest.enable_dirty_log()
+        self._logging = True
+
+    def resume_as_new(self) -> None:
+        """Resume the suspended guest in place as if in a new domain, so that it binds its event channels
+        in the order that its restored twin does.
+
+        1. pause, so that the soft reset's resume does not let it run;
+        2. soft reset: its old registrations go;
+        3. ports 1 and 2 again for xenstore and console;
+        4. backends back to InitWait, for the frontends to connect anew;
+        5. xenstored learns the new port; the suspend hypercall returns 0.
+        """
+        guest, store, domid = self.guest, self.store, self.guest.domid
+        home = f"/local/domain/{domid}"
+        guest.pause()
+        guest.soft_reset()
+        store_port, console_port = guest.alloc_unbound(), guest.alloc_unbound()
+        guest.set_hvm_param(HVM_PARAM_STORE_EVTCHN, store_port)
+        guest.set_hvm_param(HVM_PARAM_CONSOLE_EVTCHN, console_port)
+        store.write(f"{home}/console/port", "-1")  # makes xenconsoled let go of the old one
+        for vif in self.layout.vifs:
+            store.write(f"{vif.frontend}/state", str(int(XenbusState.INITIALISING)))
+        store.write(f"{home}/console/port", str(console_port))
+        store.write(f"{home}/store/port", str(store_port))
+        store.introduce_domain(domid, self.layout.store_gfn, store_port)
+        for vif in self.layout.vifs:
+            self._await_backend(vif, XenbusState.INIT_WAIT)
+        guest.resume(cancelled=False)
+        guest.unpause()
+
+    def await_connected(self) -> None:
+        """Wait until every vif is connected again.
+
+        :raise XenError: if one is not in time.
+        """
+        for vif in self.layout.vifs:
+            self._await_backend(vif, XenbusState.CONNECTED)
+
+    def _await_backend(self, vif: backend.Vif, state: XenbusState) -> None:
+        if not self.store.wait(
+            [f"{vif.backend}/state"],
+            lambda: backend.backend_state(self.store, vif) == state,
+            timeout_s=BACKEND_TIMEOUT_S,
+        ):
+            raise XenError(
+                f"the backend of {vif.ifname} did not reach {state.name} within {BACKEND_TIMEOUT_S:g} s "
+                f"(it is {backend.backend_state(self.store, vif).name}): see `dmesg`",
+                operation="xenbus",
+                domid=self.guest.domid,
+            )
+
+    # -- a checkpoint ----------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """What needs no stopped guest: map its memory, if that is not done or has changed."""
+        info = self.guest.info()
+        key = (info.tot_pages, info.shared_info_gfn)
+        if key != self._mapped_for:
+            self.guest.map_memory()
+            self._mapped_for = key
+        self._buffers.reserve(FIRST_CAPACITY_PAGES)
+
+    def stop(self) -> None:
+        """Stop the PVM: a pause, or its own suspend.
+
+        :raise DomainError: if it cannot be stopped where a copy would be whole.
+        """
+        if self.mode is Mode.COOPERATIVE:
+            self.suspend()
+            self._stopped = True
+            return
+        deadline_s = time.monotonic() + STORE_RING_TIMEOUT_S
+        while True:
+            self.guest.pause()
+            self._stopped = True
+            if sharedinfo.store_ring_idle(self.guest.page(self.layout.store_gfn)):
+                return
+            # A request of the guest's to xenstored is under way, and the ring does not travel: the copy
+            # would wait for ever for the reply.
+            self.guest.unpause()
+            self._stopped = False
+            if time.monotonic() > deadline_s:
+                raise DomainError("the guest talks to xenstore without a pause: no moment for a checkpoint was found")
+            time.sleep(0.002)
+
+    def await_rings(self) -> bool:
+        """Let the backends finish what the stopped guest had asked for. True if all rings are idle."""
+        deadline_s = time.monotonic() + RING_TIMEOUT_S
+        pages = [self.guest.page(gfns[0]) for gfns in self._find_rings().values()]
+        while not all(sharedinfo.ring_idle(page) for page in pages):
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.0005)
+        return True
+
+    def _find_rings(self) -> dict[int, list[int]]:
+        """Per vif handle the gfns of its rings, transmit first."""
+        if not self._ring_gfns:
+            frames = self.guest.map_grants()
+            table = self.guest.grants(frames)
+            for vif in self.layout.vifs:
+                nodes = backend.ring_nodes(self.store, vif)
+                refs = [int(nodes[name]) for name in sorted(nodes, reverse=True) if name.endswith("-ring-ref")]
+                gfns = [sharedinfo.grant_frame(table, ref) for ref in refs]
+                self._ring_gfns[vif.handle] = [gfn for gfn in gfns if gfn is not None]
+        return self._ring_gfns
+
+    def rings_changed(self) -> None:
+        """The frontends connected anew: look the rings up again."""
+        self._ring_gfns = {}
+
+    def collect(self, epoch: int, dirty_too: bytes) -> Snapshot:
+        """Copy what changed since the last checkpoint; the guest must be stopped.
+
+        :param dirty_too: bitmap of the gfns that the SVM changed; what it changed must come back to what
+            the PVM has.
+        """
+        started_s = time.monotonic()
+        guest = self.guest
+        info = guest.info()
+        bitmap = bytearray(guest.nr_gfns // 8)
+        guest.take_dirty(bitmap)
+        xenctrl.bitmap_or(bitmap, dirty_too[: len(bitmap)].ljust(len(bitmap), b"\0"))
+        frames = guest.map_grants()
+        # What Xen and the backends write is in no dirty log.
+        guest.mark_writable_grants(bitmap)
+        for gfns in self._find_rings().values():
+            for gfn in gfns:
+                bitmap[gfn // 8] |= 1 << gfn % 8
+        bitmap[info.shared_info_gfn // 8] |= 1 << info.shared_info_gfn % 8
+        for gfn in self.layout.private_gfns:
+            bitmap[gfn // 8] &= ~(1 << gfn % 8) & 0xFF
+        wanted = xenctrl.bitmap_count(bitmap)
+        self._buffers.reserve(wanted)
+        count = guest.collect(bitmap, self._buffers.gfns, self._buffers.pages)
+        return Snapshot(
+            epoch=epoch,
+            gfns=self._buffers.gfns,
+            pages=self._buffers.pages,
+            count=count,
+            grants=guest.grants(frames),
+            context=guest.hvm_context(),
+            ring_nodes={vif.handle: backend.ring_nodes(self.store, vif) for vif in self.layout.vifs},
+            event_channels=guest.event_channels(),
+            shared_info_gfn=info.shared_info_gfn,
+            xen_time_ns=self.clock.now_ns(),
+            collect_s=time.monotonic() - started_s,
+        )
+
+    def go(self) -> None:
+        """Let the stopped PVM run on; nothing if it runs."""
+        if not self._stopped:
+            return
+        self._stopped = False
+        if self.mode is Mode.COOPERATIVE:
+            self.guest.resume(cancelled=True)
+        else:
+            self.guest.unpause()
+
+    def close(self) -> None:
+        """End the dirty log and let the guest run; never raises for a guest that is gone."""
+        try:
+            self.go()
+            if self._logging:
+                self._logging = False
+                self.guest.disable_dirty_log()
+        except XenError as error:
+            log.info("while ending the checkpoints of domain %d: %s", self.guest.domid, error)
+        self.guest.close()

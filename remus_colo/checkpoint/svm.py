@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The backup's half of the engine: load a complete checkpoint into the SVM and let it run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from remus_colo.adapters import backend
+from remus_colo.adapters.backend import Vif, XenbusState
+from remus_colo.adapters.xenctrl import (
+    CALLBACK_TYPE_VECTOR,
+    HVM_PARAM_CALLBACK_IRQ,
+    HVM_PARAM_CONSOLE_EVTCHN,
+    HVM_PARAM_STORE_EVTCHN,
+    VIRQ_TIMER,
+    EventChannel,
+    EvtchnKind,
+    Guest,
+    ShutdownReason,
+)
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint import sharedinfo
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
+from remus_colo.checkpoint.pages import PageRun
+from remus_colo.errors import DomainError, XenError
+
+log = logging.getLogger(__name__)
+
+BACKEND_TIMEOUT_S = 20.0
+# Linux's vector for event upcalls (HYPERVISOR_CALLBACK_VECTOR of its asm/irq_vectors.h), used where the
+# guest has not told Xen another by HVM_PARAM_CALLBACK_IRQ.
+LINUX_CALLBACK_VECTOR = 0xF3
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A whole checkpoint as it arrived."""
+
+    epoch: int
+    runs: Sequence[PageRun]
+    grants: bytes
+    context: bytes
+    ring_nodes: dict[int, dict[str, str]]
+    event_channels: list[EventChannel]
+    shared_info_gfn: int
+
+
+def port_table(channels: Sequence[EventChannel]) -> list[tuple[int, EvtchnKind, int, int]]:
+    """What of the ports must be equal on both sides: the far end of a channel may differ."""
+    table = []
+    for channel in channels:
+        kind = EvtchnKind.UNBOUND if channel.kind is EvtchnKind.INTERDOMAIN else channel.kind
+        table.append((channel.port, kind, channel.vcpu, channel.detail if kind is EvtchnKind.VIRQ else 0))
+    return table
+
+
+class SvmEngine:
+    """The secondary VM of one protected guest.
+
+    :param attach: called with each vif after its backend was bound anew: puts the new interface in its
+        place and brings it up.
+    """
+
+    def __init__(self, guest: Guest, store: Store, layout: GuestLayout, attach: Callable[[Vif], None]) -> None:
+        self.guest = guest
+        self.store = store
+        self.layout = layout
+        self.attach = attach
+        self.mode = Mode.TRANSPARENT
+        self._dirty = bytearray()
+        self._paused = True  # xl restored it paused
+        self._ever_ran = False
+
+    def start(self) -> None:
+        """Map it, log what it dirties, and, for transparent checkpoints, let it resume by itself."""
+        self.guest.map_memory()
+        self.guest.enable_dirty_log()
+        self._dirty = bytearray(self.guest.nr_gfns // 8)
+        if self.mode is Mode.TRANSPARENT:
+            self.guest.unpause()
+            self._paused = False
+            self._ever_ran = True
+            for vif in self.layout.vifs:
+                self._await(vif, XenbusState.CONNECTED)
+
+    def _await(self, vif: Vif, state: XenbusState) -> None:
+        if not self.store.wait(
+            [f"{vif.backend}/state"],
+            lambda: backend.backend_state(self.store, vif) == state,
+            timeout_s=BACKEND_TIMEOUT_S,
+        ):
+            raise XenError(
+                f"the SVM's backend {vif.ifname} did not reach {state.name} within {BACKEND_TIMEOUT_S:g} s "
+                f"(it is {backend.backend_state(self.store, vif).name})",
+                operation="xenbus",
+                domid=self.guest.domid,
+            )
+
+    def prepare(self) -> bytes:
+        """Stop the SVM and tell what it changed since the last checkpoint (bitmap of gfns)."""
+        if not self._paused:
+            self.guest.pause()
+            self._paused = True
+        self.guest.take_dirty(self._dirty)
+        return bytes(self._dirty)
+
+    def go_on(self) -> None:
+        """Run again as it was: the checkpoint that :meth:`prepare` began did not come."""
+        if self._paused and self._ever_ran:
+            self.guest.unpause()
+            self._paused = False
+
+    def apply(self, checkpoint: Received) -> None:
+        """Load a complete checkpoint; the SVM is paused before and after.
+
+        :raise DomainError: if the guest's event channels differ from the PVM's (transparent mode).
+        """
+        if self.mode is Mode.TRANSPARENT:
+            self._check_ports(checkpoint.event_channels)
+        for vif in self.layout.vifs:
+            backend.unbind(vif)
+        if self.mode is Mode.COOPERATIVE:
+            self._reset()
+        # The guest's own resume replaces the page behind this gfn; where it lies may differ until now.
+        for gfn in {checkpoint.shared_info_gfn, self.guest.info().shared_info_gfn}:
+            if gfn < self.guest.nr_gfns:
+                self.guest.remap(gfn)
+        for run in checkpoint.runs:
+            self.guest.apply(run.gfns, run.pages)
+        self.guest.map_grants()
+        busy = self.guest.set_grants(checkpoint.grants)
+        if busy:
+            log.warning("%d grants of domain %d were still mapped while its state was replaced", busy, self.guest.domid)
+        self.guest.set_hvm_context(checkpoint.context)
+        if self.mode is Mode.TRANSPARENT:
+            self._mark_timers(checkpoint)
+            for vif in self.layout.vifs:
+                backend.set_ring_nodes(self.store, vif, checkpoint.ring_nodes[vif.handle])
+        self._connect()
+        self._dirty = bytearray(len(self._dirty))
+
+    def _check_ports(self, channels: Sequence[EventChannel]) -> None:
+        ours, theirs = port_table(self.guest.event_channels()), port_table(channels)
+        if ours != theirs:
+            raise DomainError(
+                "the guest's event channels differ between the hosts, so that transparent checkpoints cannot work: "
+                f"primary {theirs}, backup {ours}; use --checkpoint cooperative"
+            )
+
+    def _mark_timers(self, checkpoint: Received) -> None:
+        """The PVM's armed timer stays in its host's Xen: have the guest look at its timers now."""
+        page = self.guest.page(checkpoint.shared_info_gfn)
+        for channel in checkpoint.event_channels:
+            if channel.kind is EvtchnKind.VIRQ and channel.detail == VIRQ_TIMER:
+                sharedinfo.set_pending(page, channel.port)
+
+    def _connect(self) -> None:
+        """Bind the backends, which attach to the rings as they lie in the loaded memory."""
+        for vif in self.layout.vifs:
+            if self.mode is Mode.COOPERATIVE:
+                self.store.write(f"{vif.frontend}/state", str(int(XenbusState.INITIALISING)))
+                self.store.write(f"{vif.backend}/state", str(int(XenbusState.INITIALISING)))
+            backend.bind(vif)
+        for vif in self.layout.vifs:
+            self.attach(vif)
+            self.store.write(f"{vif.backend}/hotplug-status", "connected")
+            self._await(vif, XenbusState.CONNECTED if self.mode is Mode.TRANSPARENT else XenbusState.INIT_WAIT)
+
+    def _reset(self) -> None:
+        """Make the SVM what a domain is that a suspended guest is about to be resumed in."""
+        guest, store, domid = self.guest, self.store, self.guest.domid
+        home = f"/local/domain/{domid}"
+        guest.shutdown(ShutdownReason.SUSPEND)
+        guest.soft_reset()
+        store_port, console_port = guest.alloc_unbound(), guest.alloc_unbound()
+        guest.set_hvm_param(HVM_PARAM_STORE_EVTCHN, store_port)
+        guest.set_hvm_param(HVM_PARAM_CONSOLE_EVTCHN, console_port)
+        store.write(f"{home}/console/port", "-1")
+        store.write(f"{home}/console/port", str(console_port))
+        store.write(f"{home}/store/port", str(store_port))
+        store.write(f"{home}/control/shutdown", "")
+        store.introduce_domain(domid, self.layout.store_gfn, store_port)
+
+    def resume(self) -> None:
+        """Let the SVM run from the state that :meth:`apply` loaded."""
+        self.guest.unpause()
+        self._paused = False
+        self._ever_ran = True
+        if self.mode is Mode.TRANSPARENT:
+            # The SVM may have been halted in its former life, which the loaded state does not tell Xen; an
+            # interrupt wakes it, and its handler finds the timer's event pending.
+            for vcpu in range(self.guest.info().vcpus):
+                self.guest.inject_vector(vcpu * 2, self._callback_vector())
+
+    def _callback_vector(self) -> int:
+        via = self.guest.hvm_param(HVM_PARAM_CALLBACK_IRQ)
+        return via & 0xFF if via >> 56 == CALLBACK_TYPE_VECTOR else LINUX_CALLBACK_VECTOR
+
+    def await_devices(self) -> None:
+        """Cooperative mode: wait until the guest has connected its devices again."""
+        for vif in self.layout.vifs:
+            self._await(vif, XenbusState.CONNECTED)
+
+    def close(self) -> None:
+        """End the dirty log; the domain stays."""
+        try:
+            self.guest.disable_dirty_log()
+        except XenError as error:
+            log.info("while ending the dirty log of domain %d: %s", self.guest.domid, error)
+        self.guest.close()
