@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A bed: two emulated Xen hosts, their networks and a client, for the command line and for tests.
+
+Its state lies in a directory (``/run/remus_colo-testbed/NAME``), not in a process: any process may
+open a :class:`Bed` by name and use it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from remus_colo.testbed import cache, dom0_image
+from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.netns import NETNS_DIR
+from remus_colo.testbed.network import HOSTS, BedNetwork
+from remus_colo.testbed.qemu import Host, HostSpec
+from remus_colo.testbed.ssh import Remote, key_pair
+
+log = logging.getLogger(__name__)
+
+STATE_ROOT = Path("/run/remus_colo-testbed")
+BOOT_TIMEOUT_S = 600.0
+DEFAULT_MEMORY_MB = 3000
+DEFAULT_DOM0_MB = 1500
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a bed was brought up; kept with it, so that ``boot`` boots a host the same way again."""
+
+    xen: str = "debian"
+    memory_mb: int = DEFAULT_MEMORY_MB
+    dom0_mb: int = DEFAULT_DOM0_MB
+    skew_s: float = 0.0
+    accel: str = "tcg"
+
+
+class Bed:
+    """One bed, up or not.
+
+    :param name: lower-case letters, digits and dashes.
+    :param state_root: where beds keep their state; default :data:`STATE_ROOT`.
+    """
+
+    def __init__(self, name: str = "default", state_root: Path | None = None) -> None:
+        if not NAME_PATTERN.fullmatch(name):
+            raise BedError(f"'{name}' is no name for a bed: use lower-case letters, digits and dashes, at most 31")
+        self.name = name
+        self.directory = (STATE_ROOT if state_root is None else state_root.resolve()) / name
+        self.network = BedNetwork(name)
+        self.hosts = {host: Host(host, self.directory / host) for host in HOSTS}
+
+    # -- life
+
+    def up(self, options: Options | None = None) -> None:
+        """Bring it up, and wait until both hosts' toolstacks are ready.
+
+        On failure the bed is taken down again, and its logs stay in the state directory.
+        """
+        _need_root()
+        options = Options() if options is None else options
+        with self._locked():
+            if self.network.exists() or any(host.alive() for host in self.hosts.values()):
+                raise BedError(f"the bed '{self.name}' is up already, or left over: take it down first ('down')")
+            (self.directory / "bed.json").write_text(json.dumps(asdict(options)))
+            began_s = time.monotonic()
+            try:
+                self._prepare(options)
+                self.network.create()
+                log.info("starting the hosts primary and backup (about 1 minute under emulation)")
+                for name in HOSTS:
+                    self._start(name, options)
+                for host in self.hosts.values():
+                    host.qmp("cont")
+                for name in HOSTS:
+                    self._finish_boot(name)
+            except BaseException:
+                self._down()
+                raise
+            log.info("the bed '%s' is up (%.0f s)", self.name, time.monotonic() - began_s)
+
+    def down(self) -> None:
+        """Take it down, whatever is left of it; also after a crash of this program."""
+        _need_root()
+        with self._locked():
+            self._down()
+        cache.remove(self.directory)
+
+    def _down(self) -> list[str]:
+        removed = []
+        for name, host in self.hosts.items():
+            self.remote(name).disconnect()
+            if host.kill():
+                removed.append(f"host {name}")
+        removed += [f"namespace {name}" for name in self.network.remove()]
+        return removed
+
+    def boot(self, host: str) -> None:
+        """Power on a host that is off, and wait until it is ready."""
+        _need_root()
+        options = self.options()
+        with self._locked():
+            self._start(host, options)
+            self._host(host).qmp("cont")
+            self._finish_boot(host)
+
+    def kill(self, host: str) -> None:
+        """Power loss: the host's QEMU is killed, without warning.
+
+        :raise BedError: it is off already.
+        """
+        if not self._host(host).kill():
+            raise BedError(f"{host} is off already")
+        self.remote(host).disconnect()
+
+    def pause(self, host: str) -> None:
+        """Freeze a host (SIGSTOP): it answers nothing, and keeps its state and, on the LAN, its carrier."""
+        self._host(host).signal(signal.SIGSTOP)
+
+    def resume(self, host: str) -> None:
+        """Let a frozen host go on.  Its clocks show the time that has passed."""
+        self._host(host).signal(signal.SIGCONT)
+
+    def link(self, *, up: bool) -> None:
+        """Cut or restore the replication link."""
+        self._need_up()
+        self.network.set_link(up=up)
+
+    # -- use
+
+    def exec(
+        self, host: str, command: str | Sequence[str], timeout_s: float = 120.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a shell command line in a host's dom0; a sequence of words is joined with spaces, as ssh does.
+
+        :raise CommandFailed: it failed, and ``check`` is true.
+        :raise BedTimeout: it did not end in time.
+        """
+        return self.remote(host).run(_line(command), timeout_s=timeout_s, check=check)
+
+    def remote(self, host: str) -> Remote:
+        net = self._host(host) and HOSTS[host]
+        return Remote(host, net.mgmt, self.network.namespace("mgmt"), self.directory / host / "ssh.sock")
+
+    def client_argv(self, argv: Sequence[str]) -> list[str]:
+        """The command line that runs ``argv`` in the client's namespace."""
+        self._need_up()
+        return ["nsenter", f"--net={NETNS_DIR / self.network.namespace('client')}", "--", *argv]
+
+    def client_popen(self, argv: Sequence[str], **popen: Any) -> subprocess.Popen[bytes]:
+        """Start a program in the client's namespace; keywords as for :class:`subprocess.Popen`."""
+        return subprocess.Popen(self.client_argv(argv), **popen)
+
+    # -- inside
+
+    def options(self) -> Options:
+        """:raise BedError: the bed is not up."""
+        try:
+            return Options(**json.loads((self.directory / "bed.json").read_text()))
+        except FileNotFoundError as cause:
+            raise BedError(f"there is no bed '{self.name}': run 'up'") from cause
+
+    def _prepare(self, options: Options) -> None:
+        image = dom0_image.image()
+        _, key = key_pair()
+        spec = {
+            "xen": str(dom0_image.xen_binary(options.xen)), "vmlinuz": str(image.vmlinuz),
+            "initrd": str(image.initrd), "disk": str(image.disk), "domu_disk": None, "key": key,
+            "memory_mb": options.memory_mb, "dom0_mb": options.dom0_mb, "accel": options.accel,
+        }  # fmt: skip
+        (self.directory / "boot.json").write_text(json.dumps(spec))
+
+    def _start(self, name: str, options: Options) -> None:
+        spec = json.loads((self.directory / "boot.json").read_text())
+        self._host(name).start(HostSpec(bed=self.name, net=HOSTS[name], **spec), self.network.open_taps(name))
+
+    def _finish_boot(self, name: str) -> None:
+        self.hosts[name].wait_ready(BOOT_TIMEOUT_S)
+        self.remote(name).connect()
+
+    def _host(self, name: str) -> Host:
+        try:
+            return self.hosts[name]
+        except KeyError as cause:
+            raise BedError(f"there is no host '{name}': it is 'primary' or 'backup'") from cause
+
+    def _need_up(self) -> None:
+        if not self.network.exists():
+            raise BedError(f"the bed '{self.name}' is not up: run 'up'")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with cache.locked(self.directory.parent / f"{self.name}.lock"):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            yield
+
+
+def _line(command: str | Sequence[str]) -> str:
+    return command if isinstance(command, str) else " ".join(command)
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise BedError("the test bed makes network namespaces and taps: run it as root (sudo)")

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The hosts' dom0: Debian 13 with its Xen 4.20, all from Debian's packages.
+
+Two cached results.  The *root tree* is what the packages install, ready for chroot (the work tree's
+code is built in it).  The *image* is a directory with ``disk.img``, ``xen``, ``vmlinuz`` and ``initrd``, for QEMU.
+"""
+
+from __future__ import annotations
+
+import logging
+import lzma
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from remus_colo.testbed import cache
+from remus_colo.testbed.commands import need, run
+from remus_colo.testbed.cpio import Member, archive
+from remus_colo.testbed.errors import BedError
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).resolve().parent
+SUITE = "trixie"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+DISK_BYTES = 3 << 30
+
+PACKAGES = (
+    # Xen
+    "xen-utils-4.20", "xen-hypervisor-4.20-amd64", "xenstore-utils", "linux-image-amd64",
+    # what remus_colo depends on, and what builds it
+    "python3", "python3-pyxs", "python3-netfilterqueue", "python3-cffi", "python3-pyroute2",
+    "python3-setuptools", "python3-wheel", "python3-pip", "python3-dev", "libxen-dev", "gcc", "libc6-dev",
+    # the bed
+    "openssh-server", "busybox-static", "iproute2", "nftables", "kmod", "procps", "udev",
+    # for people who look into it
+    "tcpdump", "ethtool", "iputils-ping", "strace", "gdb-minimal", "bridge-utils", "less",
+)  # fmt: skip
+
+APT_OPTIONS = ('APT::Install-Recommends "false"', 'Acquire::Languages "none"')
+DPKG_OPTIONS = (
+    "force-confold", "force-unsafe-io",
+    "path-exclude=/usr/share/doc/*", "path-exclude=/usr/share/man/*",
+    "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/info/*",
+)  # fmt: skip
+
+# Drivers that no QEMU machine here has; a third of the image.
+DROPPED_DRIVERS = (
+    "accel", "android", "bluetooth", "comedi", "dma", "edac", "firewire", "gpu", "hid", "hwmon", "i2c", "iio",
+    "infiniband", "input", "isdn", "leds", "media", "memstick", "mfd", "misc", "mmc", "mtd", "net/can",
+    "net/dsa", "net/ethernet", "net/phy", "net/usb", "net/wireless", "nfc", "parport", "pcmcia", "platform",
+    "power", "regulator", "rtc", "scsi", "soundwire", "spi", "staging", "thunderbolt", "usb", "video", "watchdog",
+)  # fmt: skip
+DROPPED_TREES = ("sound", "fs/xfs", "fs/btrfs", "fs/ocfs2", "fs/gfs2", "fs/ceph", "fs/smb", "fs/nfs", "fs/nfsd",
+                 "fs/f2fs", "fs/jfs", "fs/dlm", "net/bluetooth", "net/mac80211", "net/wireless", "net/batman-adv",
+                 "net/ceph", "net/smc", "net/tipc")  # fmt: skip
+
+INITRD_MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic")
+
+# br_netfilter stays out: loading it sends bridged packets through the IP hooks, which changes the path under test.
+DOM0_MODULES = (
+    "virtio_net", "virtio_rng", "xenfs", "xen-privcmd", "xen-evtchn", "xen-gntdev", "xen-gntalloc",
+    "xen-netback", "xen-blkback", "af_packet", "bridge", "veth", "tun", "vxlan", "ifb",
+    "sch_plug", "sch_ingress", "cls_u32", "cls_matchall", "act_mirred", "act_gact",
+    "nfnetlink", "nfnetlink_queue", "nf_tables", "nft_queue",
+)  # fmt: skip
+
+SSHD_CONFIG = """\
+Port 22
+HostKey /etc/ssh/ssh_host_ed25519_key
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UsePAM no
+UseDNS no
+PrintMotd no
+PrintLastLog no
+MaxSessions 200
+MaxStartups 100
+StrictModes no
+SetEnv PATH=/usr/lib/xen-4.20/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
+Subsystem sftp internal-sftp
+"""
+
+ROOT_RECIPE = {
+    "suite": SUITE, "mirror": os.environ.get("REMUS_COLO_MIRROR", ""), "packages": PACKAGES, "apt": APT_OPTIONS, "dpkg": DPKG_OPTIONS,
+    "dropped": DROPPED_DRIVERS + DROPPED_TREES, "version": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Dom0Image:
+    """Files for QEMU.  ``disk`` is shared by all hosts of all beds, each with its own overlay."""
+
+    disk: Path
+    xen: Path
+    vmlinuz: Path
+    initrd: Path
+
+
+def root_tree() -> Path:
+    """The dom0's root tree, built when absent (1 to 2 minutes, downloads about 200 MB)."""
+    return cache.entry("dom0-root", ROOT_RECIPE, _build_root)
+
+
+def image() -> Dom0Image:
+    """The dom0's disk and boot files, built when absent."""
+    recipe = {
+        "root": ROOT_RECIPE, "init": (HERE / "dom0_init.sh").read_text(), "modules": DOM0_MODULES,
+        "initrd": (HERE / "dom0_initrd.sh").read_text(), "initrd_modules": INITRD_MODULES,
+        "sshd": SSHD_CONFIG, "disk_bytes": DISK_BYTES, "version": 1,
+    }  # fmt: skip
+    path = cache.entry("dom0-image", recipe, _build_image)
+    return Dom0Image(path / "disk.img", path / "xen", path / "vmlinuz", path / "initrd")
+
+
+def xen_binary(xen: str) -> Path:
+    """The hypervisor to boot: ``debian``, or the path of another one (gzipped or not)."""
+    if xen == "debian":
+        return image().xen
+    source = Path(xen)
+    if not source.is_file():
+        raise BedError(f"--xen {xen}: neither 'debian' nor a hypervisor file")
+
+    def build(path: Path) -> None:
+        _copy_gunzipped(source, path)
+
+    return cache.entry("xen", {"sha256": cache.file_hash(source)}, build)
+
+
+def _build_root(path: Path) -> None:
+    need("mmdebstrap")
+    if not KEYRING.exists():
+        raise BedError(f"{KEYRING} is missing: install the package debian-archive-keyring")
+    log.info("installing Debian %s with Xen for the hosts' dom0 (about 1 to 2 minutes, 200 MB to download)", SUITE)
+    began = time.monotonic()
+    argv: list[str | Path] = ["nice", "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase",
+                              "--components=main", f"--keyring={KEYRING}"]  # fmt: skip
+    argv += [f"--aptopt={option}" for option in APT_OPTIONS]
+    argv += [f"--dpkgopt={option}" for option in DPKG_OPTIONS]
+    # The initrd is ours; Debian's would take longer to make than all the rest.
+    argv += ["--setup-hook=mkdir -p $1/etc/initramfs-tools && "
+             "echo update_initramfs=no > $1/etc/initramfs-tools/update-initramfs.conf"]  # fmt: skip
+    argv += ["--include=" + ",".join(PACKAGES), SUITE, path]
+    # Without a mirror mmdebstrap takes Debian's own, with security updates.
+    argv += [m for m in (os.environ.get("REMUS_COLO_MIRROR"),) if m]
+    run(argv, timeout_s=1800)
+    _trim_modules(path)
+    log.info("dom0's packages are installed (%.0f s)", time.monotonic() - began)
+
+
+def _modules_dir(root: Path) -> Path:
+    found = sorted((root / "usr/lib/modules").iterdir())
+    if not found:
+        raise BedError("the dom0 tree has no kernel modules: remove it from the cache and try again")
+    return found[-1]
+
+
+def _trim_modules(root: Path) -> None:
+    """Drop drivers of absent hardware, and unpack the rest: xz is slow under emulation."""
+    modules = _modules_dir(root)
+    for name in [f"drivers/{driver}" for driver in DROPPED_DRIVERS] + list(DROPPED_TREES):
+        cache.remove(modules / "kernel" / name)
+    for packed in list(modules.glob("kernel/**/*.ko.xz")):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+    run(["chroot", root, "depmod", modules.name], timeout_s=120)
+
+
+def _build_image(path: Path) -> None:
+    root = root_tree()
+    need("mke2fs")
+    log.info("making the hosts' disk image (about 15 seconds)")
+    path.mkdir()
+    version = _modules_dir(root).name
+    shutil.copyfile(root / "boot" / f"vmlinuz-{version}", path / "vmlinuz")
+    hypervisors = sorted((root / "boot").glob("xen-4*.gz"))
+    if not hypervisors:
+        raise BedError("the dom0 tree has no Xen: remove it from the cache and try again")
+    _copy_gunzipped(hypervisors[-1], path / "xen")
+    (path / "initrd").write_bytes(_initrd(root))
+    stage = path / "stage"
+    # Hard links cost no space; every file that differs from the package's is replaced, never written into.
+    run(["cp", "-al", root, stage], timeout_s=120)
+    try:
+        _put(stage / "usr/local/sbin/testbed-init", (HERE / "dom0_init.sh").read_text(), 0o755)
+        _put(stage / "etc/ssh/sshd_config", SSHD_CONFIG)
+        _put(stage / "etc/testbed-modules", "\n".join(DOM0_MODULES) + "\n")
+        _put(stage / "etc/resolv.conf", "")
+        _put(stage / "etc/hostname", "dom0\n")
+        _put(stage / "etc/xen/xl.conf", 'autoballoon="off"\nvif.default.bridge="xenbr0"\n')
+        for name in ("boot", "var/cache/apt", "var/lib/apt/lists"):
+            cache.remove(stage / name)
+            (stage / name).mkdir()
+        # dom0's root is thrown away with the overlay: no journal, no checks.
+        run(["nice", "mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1", "-m", "0",
+             "-d", stage, path / "disk.img", f"{DISK_BYTES >> 10}k"], timeout_s=600)  # fmt: skip
+    finally:
+        cache.remove(stage)
+
+
+def _put(path: Path, content: str, mode: int = 0o644) -> None:
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    path.chmod(mode)
+
+
+def _initrd(root: Path) -> bytes:
+    """A busybox and the modules that the disk needs, in the order in which they load."""
+    version = _modules_dir(root).name
+    wanted: list[Path] = []
+    for name in INITRD_MODULES:
+        shown = run(["chroot", root, "modprobe", "--set-version", version, "--show-depends", name], timeout_s=30)
+        for line in shown.stdout.splitlines():
+            words = line.split()
+            if words[0] == "insmod":
+                module = root / words[1].lstrip("/")
+                if module not in wanted:
+                    wanted.append(module)
+    members = [
+        Member("init", (HERE / "dom0_initrd.sh").read_bytes()),
+        Member("bin/busybox", (root / "usr/bin/busybox").read_bytes()),
+        Member("modules.order", "".join(f"{m.name}\n" for m in wanted).encode(), 0o644),
+    ]
+    members += [Member(f"modules/{m.name}", m.read_bytes(), 0o644) for m in wanted]
+    return archive(members)
+
+
+def _copy_gunzipped(source: Path, target: Path) -> None:
+    import gzip
+
+    content = source.read_bytes()
+    target.write_bytes(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
