@@ -11,20 +11,23 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remus_colo.testbed import cache, dom0_image
+from remus_colo.testbed import cache, dom0_image, domu_disk, worktree
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.netns import NETNS_DIR
 from remus_colo.testbed.network import HOSTS, BedNetwork
 from remus_colo.testbed.qemu import Host, HostSpec
+from remus_colo.testbed.remote_process import RemoteProcess
 from remus_colo.testbed.ssh import Remote, key_pair
 
 log = logging.getLogger(__name__)
@@ -84,19 +87,21 @@ class Bed:
                     self._start(name, options)
                 for host in self.hosts.values():
                     host.qmp("cont")
-                for name in HOSTS:
-                    self._finish_boot(name)
+                code = worktree.archive()
+                _each_host(self._wait_ready)
+                _each_host(lambda name: worktree.install(self.remote(name), code))
             except BaseException:
                 self._down()
                 raise
             log.info("the bed '%s' is up (%.0f s)", self.name, time.monotonic() - began_s)
 
-    def down(self) -> None:
-        """Take it down, whatever is left of it; also after a crash of this program."""
+    def down(self) -> list[str]:
+        """Take it down, whatever is left of it, also after a crash of this program; says what was removed."""
         _need_root()
         with self._locked():
-            self._down()
-        cache.remove(self.directory)
+            removed = self._down()
+            cache.remove(self.directory)
+        return removed
 
     def _down(self) -> list[str]:
         removed = []
@@ -114,7 +119,20 @@ class Bed:
         with self._locked():
             self._start(host, options)
             self._host(host).qmp("cont")
-            self._finish_boot(host)
+            code = worktree.archive()
+            self._wait_ready(host)
+            worktree.install(self.remote(host), code)
+
+    def sync(self) -> None:
+        """Install the work tree's code, as it is now, in the hosts that run."""
+        self._need_up()
+        code = worktree.archive()
+        for name, host in self.hosts.items():
+            if host.state() == "ready":
+                worktree.install(self.remote(name), code)
+                log.info("%s has the work tree's code", name)
+            else:
+                log.info("%s is %s: left as it is", name, host.state())
 
     def kill(self, host: str) -> None:
         """Power loss: the host's QEMU is killed, without warning.
@@ -150,6 +168,23 @@ class Bed:
         """
         return self.remote(host).run(_line(command), timeout_s=timeout_s, check=check)
 
+    def popen(self, host: str, command: str, **popen: Any) -> RemoteProcess:
+        """Start a program in a host's dom0; keywords as for :class:`subprocess.Popen`."""
+        return RemoteProcess(self.remote(host), command, **popen)
+
+    def push(self, host: str, source: Path, target: str) -> None:
+        """Copy a file to the path ``target``, or a directory's content into the directory ``target``, in dom0."""
+        where = shlex.quote(target)
+        if source.is_dir():
+            packed = subprocess.run(["tar", "-C", str(source), "-czf", "-", "."], stdout=subprocess.PIPE, check=True)
+            command, content = f"mkdir -p {where} && tar -C {where} -xzf - --no-same-owner", packed.stdout
+        elif source.is_file():
+            mode = source.stat().st_mode & 0o777
+            command, content = f"cat > {where} && chmod {mode:o} {where}", source.read_bytes()
+        else:
+            raise BedError(f"{source} is neither a file nor a directory")
+        self.remote(host).run(command, timeout_s=600, stdin=content)
+
     def remote(self, host: str) -> Remote:
         net = self._host(host) and HOSTS[host]
         return Remote(host, net.mgmt, self.network.namespace("mgmt"), self.directory / host / "ssh.sock")
@@ -177,7 +212,7 @@ class Bed:
         _, key = key_pair()
         spec = {
             "xen": str(dom0_image.xen_binary(options.xen)), "vmlinuz": str(image.vmlinuz),
-            "initrd": str(image.initrd), "disk": str(image.disk), "domu_disk": None, "key": key,
+            "initrd": str(image.initrd), "disk": str(image.disk), "domu_disk": str(domu_disk.domu_disk()), "key": key,
             "memory_mb": options.memory_mb, "dom0_mb": options.dom0_mb, "accel": options.accel,
         }  # fmt: skip
         (self.directory / "boot.json").write_text(json.dumps(spec))
@@ -186,7 +221,7 @@ class Bed:
         spec = json.loads((self.directory / "boot.json").read_text())
         self._host(name).start(HostSpec(bed=self.name, net=HOSTS[name], **spec), self.network.open_taps(name))
 
-    def _finish_boot(self, name: str) -> None:
+    def _wait_ready(self, name: str) -> None:
         self.hosts[name].wait_ready(BOOT_TIMEOUT_S)
         self.remote(name).connect()
 
@@ -206,6 +241,19 @@ class Bed:
         with cache.locked(self.directory.parent / f"{self.name}.lock"):
             self.directory.mkdir(parents=True, exist_ok=True)
             yield
+
+
+def bed_names(state_root: Path | None = None) -> list[str]:
+    """Names of the beds that have state, up or crashed."""
+    root = STATE_ROOT if state_root is None else state_root
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+
+
+def _each_host(action: Callable[[str], None]) -> None:
+    """Do it for both hosts at the same time; the first error is raised when both have ended."""
+    with ThreadPoolExecutor(len(HOSTS)) as pool:
+        for future in [pool.submit(action, name) for name in HOSTS]:
+            future.result()
 
 
 def _line(command: str | Sequence[str]) -> str:

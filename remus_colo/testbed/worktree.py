@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The work tree's code, built for dom0: installed inside the dom0 root tree at this machine's own speed,
+kept as a tar archive, and unpacked into running dom0s."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from remus_colo.testbed import cache, dom0_image
+from remus_colo.testbed.commands import run
+from remus_colo.testbed.ssh import Remote
+
+log = logging.getLogger(__name__)
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE_FILES = ("pyproject.toml", "setup.cfg", "setup.py", "MANIFEST.in", "README.rst", "LICENSE")
+BUILT_SUFFIXES = (".pyc", ".so", ".o")
+# Where Debian's pip installs what is not the distribution's own.
+SITE = "usr/local/lib/python3*/dist-packages"
+
+# Run with the tree's root as $1, the copy of the checkout as $2 and the archive to write as $3. The private
+# mount namespace takes the scratch space away with it, so the cached root tree stays as it was.
+BUILD_SCRIPT = """
+set -e
+mount -t tmpfs -o mode=755 scratch "$1/mnt"
+mkdir "$1/mnt/out"
+cp -r "$2" "$1/mnt/src"
+mount -t devtmpfs dev "$1/dev" || mount --rbind /dev "$1/dev"
+mount -t proc proc "$1/proc"
+chroot "$1" /usr/bin/env -i PATH=/usr/bin:/bin LC_ALL=C.UTF-8 HOME=/mnt sh -ec '
+cd /mnt/src
+if [ -e pyproject.toml ] || [ -e setup.py ]; then
+    python3 -m pip install --quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check \
+        --root-user-action=ignore --break-system-packages --no-compile --root /mnt/out .
+else
+    if [ -e remus_colo/_native/build_xen.py ]; then python3 remus_colo/_native/build_xen.py; fi
+    site=/mnt/out/usr/local/lib/$(python3 -c "import sys; print(\\"python%d.%d\\" % sys.version_info[:2])")/dist-packages
+    mkdir -p $site
+    cp -r remus_colo $site/
+fi
+cd /mnt/out
+find . -name "*.o" -delete
+find . -name "*.so" -exec strip --strip-debug {} +
+python3 -m compileall -q -s /mnt/out -p / .
+'
+tar -C "$1/mnt/out" -czf "$3" .
+"""
+
+
+def sources(checkout: Path = CHECKOUT) -> Iterator[tuple[str, Path]]:
+    """Relative name and path of each file that the built package depends on, in order of name."""
+    package = checkout / "remus_colo"
+    found = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    found = [p for p in found if p.suffix not in BUILT_SUFFIXES and p.name != "_xen.c"]
+    found += [checkout / name for name in PACKAGE_FILES if (checkout / name).is_file()]
+    for path in sorted(found):
+        yield str(path.relative_to(checkout)), path
+
+
+def archive(checkout: Path = CHECKOUT) -> Path:
+    """A tar archive of the installed package, relative to dom0's root; built when the sources have changed."""
+    files = {name: cache.file_hash(path) for name, path in sources(checkout)}
+    recipe = {"root": dom0_image.ROOT_RECIPE, "files": files, "script": BUILD_SCRIPT}
+
+    def build(path: Path) -> None:
+        root = dom0_image.root_tree()
+        log.info("building the work tree's code for dom0 (some seconds)")
+        copy = path.with_name(path.name + "-src")
+        try:
+            for name in files:
+                target = copy / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(checkout / name, target)
+            run(["unshare", "--mount", "sh", "-c", BUILD_SCRIPT, "build", root, copy, path], timeout_s=300)
+        finally:
+            cache.remove(copy)
+
+    return cache.entry("code", recipe, build)
+
+
+def install(remote: Remote, built: Path) -> None:
+    """Replace the package in a running dom0 by the one in ``built``."""
+    remote.run(
+        f"set -e; rm -rf /{SITE}/remus_colo* /{SITE}/*remus*.dist-info; "
+        f"tar -C / -xzf - --no-same-owner; echo {shlex.quote(built.name)} > /run/testbed-code",
+        timeout_s=120,
+        stdin=built.read_bytes(),
+    )
+
+
+def installed(remote: Remote) -> str:
+    """Name of the archive that a dom0 runs, empty if none."""
+    return remote.run("cat /run/testbed-code", timeout_s=60, check=False).stdout.strip()
