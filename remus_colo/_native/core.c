@@ -270,23 +270,26 @@ int64_t rc_guest_collect(struct rc_guest *g, const uint8_t *bitmap, uint64_t *gf
     return (int64_t)n;
 }
 
-/* Write @count pages; @pages NULL means pages of zeros. -1 with ENXIO (nothing more is written) if a
- * gfn does not map here. */
-int64_t rc_guest_apply(struct rc_guest *g, const uint64_t *gfns, const uint8_t *pages, uint64_t count)
+/* Write @count pages; @pages NULL means pages of zeros. Gfns that do not map here are passed over, counted
+ * and the last of them told in @missing. Returns their number. */
+int64_t rc_guest_apply(struct rc_guest *g, const uint64_t *gfns, const uint8_t *pages, uint64_t count,
+                       uint64_t *missing)
 {
+    int64_t absent = 0;
+
     for (uint64_t i = 0; i < count; i++) {
         uint8_t *to = rc_guest_page(g, gfns[i]);
 
         if (!to) {
-            errno = ENXIO;
-            return -1;
-        }
-        if (pages)
+            *missing = gfns[i];
+            absent++;
+        } else if (pages) {
             memcpy(to, pages + i * RC_PAGE_SIZE, RC_PAGE_SIZE);
-        else
+        } else {
             memset(to, 0, RC_PAGE_SIZE);
+        }
     }
-    return (int64_t)count;
+    return absent;
 }
 
 /* One 64-bit hash a gfn (0 where nothing maps); for comparing two guests, not for security. */

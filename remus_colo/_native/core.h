@@ -41,7 +41,8 @@ uint8_t *rc_guest_page(struct rc_guest *g, uint64_t gfn);
 void rc_guest_present(const struct rc_guest *g, uint8_t *bitmap);
 int64_t rc_guest_collect(struct rc_guest *g, const uint8_t *bitmap, uint64_t *gfns, uint8_t *pages,
                          uint64_t capacity);
-int64_t rc_guest_apply(struct rc_guest *g, const uint64_t *gfns, const uint8_t *pages, uint64_t count);
+int64_t rc_guest_apply(struct rc_guest *g, const uint64_t *gfns, const uint8_t *pages, uint64_t count,
+                       uint64_t *missing);
 int64_t rc_guest_hash(struct rc_guest *g, uint64_t *hashes);
 
 /* -- dirty log -- */

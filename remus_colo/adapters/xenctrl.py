@@ -279,23 +279,23 @@ class Guest:
             "could not copy its pages",
         )
 
-    def apply(self, gfns: bytes | memoryview, pages: bytes | memoryview | None) -> int:
-        """Write pages (``None``: pages of zeros) at ``gfns`` (u64 each, host order)."""
+    def apply(self, gfns: bytes | memoryview, pages: bytes | memoryview | None) -> tuple[int, int]:
+        """Write pages (``None``: pages of zeros) at ``gfns`` (u64 each, host order).
+
+        :return: ``(how many gfns do not map here and were passed over, the last of them)``.
+        """
         count = len(gfns) // 8
         if pages is not None and len(pages) != count * PAGE_SIZE:
             raise ValueError(f"{count} gfns with {len(pages)} bytes of pages")
-        return self._check(
-            self._lib.rc_guest_apply(
-                self._guest,
-                self._ffi.cast("const uint64_t *", self._ffi.from_buffer(gfns)),
-                self._ffi.NULL
-                if pages is None
-                else self._ffi.cast("const uint8_t *", self._ffi.from_buffer(pages)),
-                count,
-            ),
-            "apply",
-            "a checkpoint holds a page that this domain has not",
+        last = self._ffi.new("uint64_t *")
+        absent = self._lib.rc_guest_apply(
+            self._guest,
+            self._ffi.cast("const uint64_t *", self._ffi.from_buffer(gfns)),
+            self._ffi.NULL if pages is None else self._ffi.cast("const uint8_t *", self._ffi.from_buffer(pages)),
+            count,
+            last,
         )
+        return int(absent), int(last[0])
 
     def hashes(self) -> bytearray:
         """A u64 a gfn, 0 where nothing maps: for comparing memory, not for security."""

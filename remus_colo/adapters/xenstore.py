@@ -104,6 +104,11 @@ class Store:
         with self._errors("introduce", f"domain {domid}"):
             self.client.introduce_domain(domid, gfn, port)
 
+    def resumed_domain(self, domid: int) -> None:
+        """Tell xenstored that a domain that was shut down runs again; else it never tells of its next shutdown."""
+        with self._errors("resume", f"domain {domid}"):
+            self.client.resume_domain(domid)
+
     def wait(
         self,
         paths: list[str],

@@ -162,7 +162,13 @@ class PvmEngine:
         for vif in self.layout.vifs:
             self._await_backend(vif, XenbusState.INIT_WAIT)
         guest.resume(cancelled=False)
+        store.resumed_domain(domid)
         guest.unpause()
+
+    def resume_cancelled(self) -> None:
+        """Resume the suspended guest as if it had never suspended: its devices stay connected."""
+        self.guest.resume(cancelled=True)
+        self.store.resumed_domain(self.guest.domid)
 
     def await_connected(self) -> None:
         """Wait until every vif is connected again.
@@ -289,7 +295,7 @@ class PvmEngine:
             return
         self._stopped = False
         if self.mode is Mode.COOPERATIVE:
-            self.guest.resume(cancelled=True)
+            self.resume_cancelled()
         else:
             self.guest.unpause()
 

@@ -14,6 +14,7 @@ from remus_colo.adapters.xenctrl import (
     HVM_PARAM_CALLBACK_IRQ,
     HVM_PARAM_CONSOLE_EVTCHN,
     HVM_PARAM_STORE_EVTCHN,
+    PAGE_SIZE,
     VIRQ_TIMER,
     EventChannel,
     EvtchnKind,
@@ -23,8 +24,8 @@ from remus_colo.adapters.xenctrl import (
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import sharedinfo
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
-from remus_colo.checkpoint.pages import PageRun
 from remus_colo.errors import DomainError, XenError
+from remus_colo.relocation.bulk import Pages
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class Received:
     """A whole checkpoint as it arrived."""
 
     epoch: int
-    runs: Sequence[PageRun]
+    pages: Sequence[Pages]
+    zero_gfns: bytes  # u64 little-endian each
     grants: bytes
     context: bytes
     ring_nodes: dict[int, dict[str, str]]
@@ -127,9 +129,8 @@ class SvmEngine:
         for gfn in {checkpoint.shared_info_gfn, self.guest.info().shared_info_gfn}:
             if gfn < self.guest.nr_gfns:
                 self.guest.remap(gfn)
-        for run in checkpoint.runs:
-            self.guest.apply(run.gfns, run.pages)
         self.guest.map_grants()
+        self._write_pages(checkpoint, len(checkpoint.grants) // PAGE_SIZE)
         busy = self.guest.set_grants(checkpoint.grants)
         if busy:
             log.warning("%d grants of domain %d were still mapped while its state was replaced", busy, self.guest.domid)
@@ -140,6 +141,19 @@ class SvmEngine:
                 backend.set_ring_nodes(self.store, vif, checkpoint.ring_nodes[vif.handle])
         self._connect()
         self._dirty = bytearray(len(self._dirty))
+
+    def _write_pages(self, checkpoint: Received, grant_frames: int) -> None:
+        absent = 0
+        for gfns, pages in [*((run.gfns, run.pages) for run in checkpoint.pages), (checkpoint.zero_gfns, None)]:
+            number, last_gfn = self.guest.apply(gfns, pages)
+            absent += number
+            # The guest maps its grant table and shared_info itself. An SVM that has not resumed yet lacks
+            # them, and makes them when it does; nothing else may be missing.
+            if absent > (grant_frames + 1 if self.mode is Mode.COOPERATIVE else 0):
+                raise DomainError(
+                    f"the guest's memory map changed: the backup has no page {last_gfn:#x}; "
+                    "do not balloon a protected guest, and start its protection anew"
+                )
 
     def _check_ports(self, channels: Sequence[EventChannel]) -> None:
         ours, theirs = port_table(self.guest.event_channels()), port_table(channels)
@@ -182,6 +196,7 @@ class SvmEngine:
         store.write(f"{home}/store/port", str(store_port))
         store.write(f"{home}/control/shutdown", "")
         store.introduce_domain(domid, self.layout.store_gfn, store_port)
+        store.resumed_domain(domid)
 
     def resume(self) -> None:
         """Let the SVM run from the state that :meth:`apply` loaded."""
