@@ -40,7 +40,7 @@ _CMDLINE = (
     "console=hvc0",
     "quiet loglevel=4",
     # Emulated processors gain nothing from mitigations and run many times slower with them.
-    "mitigations=off nokaslr",
+    "mitigations=off",
     # Both take time to set up and memory to keep, for nothing that is used here.
     "cgroup_disable=memory transparent_hugepage=never audit=0",
     # A VM that stands still for a checkpoint is no lock-up; and the watchdog wakes an idle guest.
