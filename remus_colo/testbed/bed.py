@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remus_colo.testbed import cache, dom0_image, domu_disk, worktree
+from remus_colo.testbed import accel, cache, dom0_image, domu_disk, skew, worktree
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.netns import NETNS_DIR
 from remus_colo.testbed.network import HOSTS, BedNetwork
@@ -47,7 +47,7 @@ class Options:
     memory_mb: int = DEFAULT_MEMORY_MB
     dom0_mb: int = DEFAULT_DOM0_MB
     skew_s: float = 0.0
-    accel: str = "tcg"
+    accel: str = "auto"
 
 
 class Bed:
@@ -85,11 +85,11 @@ class Bed:
                 log.info("starting the hosts primary and backup (about 1 minute under emulation)")
                 for name in HOSTS:
                     self._start(name, options)
-                for host in self.hosts.values():
-                    host.qmp("cont")
+                self._power_on(options.skew_s)
                 code = worktree.archive()
                 _each_host(self._wait_ready)
                 _each_host(lambda name: worktree.install(self.remote(name), code))
+                self._set_skew(options.skew_s)
             except BaseException:
                 self._down()
                 raise
@@ -156,6 +156,11 @@ class Bed:
         self._need_up()
         self.network.set_link(up=up)
 
+    def skew(self) -> skew.Reading:
+        """Measure backup's Xen time minus primary's; takes 2 to 3 seconds."""
+        with skew.SkewMeter(self.remote("primary"), self.remote("backup")) as meter:
+            return meter.measure()
+
     # -- use
 
     def exec(
@@ -208,18 +213,38 @@ class Bed:
             raise BedError(f"there is no bed '{self.name}': run 'up'") from cause
 
     def _prepare(self, options: Options) -> None:
+        """Build what is missing, and note what the hosts are booted from."""
         image = dom0_image.image()
         _, key = key_pair()
         spec = {
             "xen": str(dom0_image.xen_binary(options.xen)), "vmlinuz": str(image.vmlinuz),
             "initrd": str(image.initrd), "disk": str(image.disk), "domu_disk": str(domu_disk.domu_disk()), "key": key,
-            "memory_mb": options.memory_mb, "dom0_mb": options.dom0_mb, "accel": options.accel,
+            "memory_mb": options.memory_mb, "dom0_mb": options.dom0_mb,
         }  # fmt: skip
+        spec["accel"] = accel.choose(options.accel, spec)
         (self.directory / "boot.json").write_text(json.dumps(spec))
 
     def _start(self, name: str, options: Options) -> None:
         spec = json.loads((self.directory / "boot.json").read_text())
         self._host(name).start(HostSpec(bed=self.name, net=HOSTS[name], **spec), self.network.open_taps(name))
+
+    def _power_on(self, skew_s: float) -> None:
+        """Let both hosts go, the one that shall be behind later; the rest is corrected when they are ready."""
+        first, second = ("backup", "primary") if skew_s > 0 else ("primary", "backup")
+        self.hosts[first].qmp("cont")
+        if abs(skew_s) >= 1:
+            log.info("%s is powered on %.0f s after %s", second, abs(skew_s), first)
+            time.sleep(abs(skew_s))
+        self.hosts[second].qmp("cont")
+
+    def _set_skew(self, wanted_s: float) -> None:
+        def hold(step: skew.Hold) -> None:
+            with skew.stopped(self.hosts[step.host].qmp):
+                time.sleep(step.for_s)
+
+        with skew.SkewMeter(self.remote("primary"), self.remote("backup")) as meter:
+            reached = skew.set_skew(meter, wanted_s, hold)
+        log.info("backup's Xen clock is %+.4f s from primary's (to within %.4f s)", reached.offset_s, reached.error_s)
 
     def _wait_ready(self, name: str) -> None:
         self.hosts[name].wait_ready(BOOT_TIMEOUT_S)

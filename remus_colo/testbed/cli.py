@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     clean = add("clean", "remove what is left of a bed that crashed")
     clean.add_argument("--all", action="store_true", help="every bed of this state directory, running ones too")
     add("status", "show the bed").add_argument("--json", action="store_true", help="as one JSON object")
+    add("skew", "measure backup's Xen time minus primary's, in seconds")
     add("sync", "install the work tree's code in the running hosts again")
     run = add("exec", "run a shell command line in a host's dom0")
     run.add_argument("host", **HOST)
@@ -93,7 +94,7 @@ def _run(args: argparse.Namespace) -> int | None:
     match args.command:
         case "up":
             bed.up(Options(xen=args.xen, memory_mb=args.memory, dom0_mb=args.dom0_memory, skew_s=args.skew,
-                           accel="tcg" if args.accel == "auto" else args.accel))  # fmt: skip
+                           accel=args.accel))  # fmt: skip
         case "down":
             bed.down()
         case "clean":
@@ -105,6 +106,9 @@ def _run(args: argparse.Namespace) -> int | None:
             found = bed_status.status(bed)
             print(json.dumps(found, indent=2) if args.json else bed_status.text(found))
             return 0 if found["up"] else 1
+        case "skew":
+            reading = bed.skew()
+            print(f"{reading.offset_s:+.6f} (to within {reading.error_s:.6f})")
         case "sync":
             bed.sync()
         case "exec":

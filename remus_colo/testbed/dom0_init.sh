@@ -22,6 +22,7 @@ for word in $words; do
 	testbed.host=*) host=${word#*=} ;;
 	testbed.n=*) n=${word#*=} ;;
 	testbed.key=*) key=${word#*=} ;;
+	testbed.probe=*) probe=${word#*=} ;;
 	esac
 done
 stage() { read -r up _ < /proc/uptime; echo "testbed: $1 at $up s" > /dev/hvc0; }
@@ -55,7 +56,7 @@ for path in /sys/class/net/eth*; do
 	*:03) ip link set "${path##*/}" name eth-repl ;;
 	esac
 done
-ip -batch - <<EOF
+[ -z "$probe" ] && ip -batch - <<EOF
 link set lo up
 addr add 10.79.0.$n/24 dev eth-mgmt
 link set eth-mgmt up
@@ -70,13 +71,20 @@ addr add 10.77.0.$((n + 1))/24 dev xenbr0
 link set xenbr0 up
 EOF
 stage network
-/usr/sbin/sshd
+[ -z "$probe" ] && /usr/sbin/sshd
 
 xenstored --pid-file /run/xenstored.pid
 xen-init-dom0
 xenconsoled --pid-file=/run/xenconsoled.pid --log=guest --timestamp=none
 stage ready
-touch /run/testbed-ready
+
+if [ -n "$probe" ]; then
+	ip link add xenbr0 up type bridge
+	if xl create -q /domu/web.cfg > /dev/hvc0 2>&1; then
+		until grep -qs 'GUEST READY' /var/log/xen/console/guest-*.log; do sleep 0.5; done
+		stage "guest ran"
+	fi
+fi
 
 # bash reaps orphans while it waits.
 while true; do sleep 1000000 & wait $!; done

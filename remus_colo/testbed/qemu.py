@@ -29,17 +29,20 @@ XEN_ARGS = (
 )
 DOM0_ARGS = (
     "console=hvc0 mitigations=off net.ifnames=0 quiet loglevel=4 random.trust_cpu=on nowatchdog "
-    "raid=noautodetect testbed.host={host} testbed.n={number} testbed.key={key}"
+    "raid=noautodetect testbed.key={key} {identity}"
 )
 READY_MARK = "testbed: ready at"
 
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
-    """What a host is booted from.  Paths are absolute; ``key`` is the base64 part of an ed25519 public key."""
+    """What a host is booted from.  Paths are absolute; ``key`` is the base64 part of an ed25519 public key.
+
+    ``net`` is None for a probe: no interfaces, and dom0 starts the guest by itself and says so.
+    """
 
     bed: str
-    net: HostNet
+    net: HostNet | None
     xen: str
     vmlinuz: str
     initrd: str
@@ -52,9 +55,11 @@ class HostSpec:
 
     def argv(self, directory: Path, taps: dict[str, int]) -> list[str]:
         """QEMU's command line; it starts stopped (``-S``), and ``cont`` powers the host on."""
-        dom0 = DOM0_ARGS.format(host=self.net.host, number=self.net.number, key=self.key).replace(",", ",,")
+        net = self.net
+        identity = f"testbed.host={net.host} testbed.n={net.number}" if net else "testbed.host=probe testbed.probe=1"
+        dom0 = DOM0_ARGS.format(identity=identity, key=self.key).replace(",", ",,")
         accel = {"tcg": "tcg,thread=multi", "kvm": "kvm"}[self.accel]
-        argv = [QEMU, "-name", f"testbed-{self.bed}-{self.net.host}", "-machine", "q35",
+        argv = [QEMU, "-name", f"testbed-{self.bed}-{net.host if net else 'probe'}", "-machine", "q35",
                 "-cpu", "host" if self.accel == "kvm" else "qemu64,+svm,+npt", "-accel", accel,
                 "-smp", "1", "-m", str(self.memory_mb), "-nodefaults", "-display", "none", "-no-reboot", "-S",
                 "-chardev", f"socket,id=serial,path={directory}/serial.sock,server=on,wait=off,"
@@ -67,8 +72,8 @@ class HostSpec:
         if self.domu_disk is not None:
             argv += ["-drive", f"file={self.domu_disk},if=virtio,format=raw,snapshot=on"]
         argv += ["-device", "virtio-rng-pci"]
-        for role in NIC_ROLES:
-            address = mac(self.bed, self.net.host, role)
+        for role in NIC_ROLES if net else ():
+            address = mac(self.bed, net.host, role)
             mtu = f",host_mtu={REPL_MTU}" if role == "repl" else ""
             argv += ["-netdev", f"tap,id={role},fd={taps[role]},vhost=off",
                      "-device", f"virtio-net-pci,netdev={role},mac={address},romfile={mtu}"]  # fmt: skip
@@ -138,14 +143,14 @@ class Host:
     def qmp(self, command: str, *, timeout_s: float = 30.0, **arguments: Any) -> Any:
         """Run one QMP command.  :raise BedError: also when QEMU has ended, with its last words."""
         if not self.alive():
-            raise BedError(f"{self.name} is not running: {self._last_words()}")
+            raise BedError(f"{self.name} is not running: {self.last_words()}")
         try:
             with Qmp(self.qmp_path, timeout_s) as connection:
                 return connection.execute(command, **arguments)
         except BedError as cause:
             if self.alive():
                 raise
-            raise BedError(f"{self.name}'s QEMU ended: {self._last_words()}") from cause
+            raise BedError(f"{self.name}'s QEMU ended: {self.last_words()}") from cause
 
     def kill(self) -> bool:
         """Cut its power: SIGKILL.  False if it was off."""
@@ -186,12 +191,13 @@ class Host:
         deadline_s = time.monotonic() + timeout_s
         while READY_MARK not in self.serial():
             if not self.alive():
-                raise BedError(f"{self.name} died while it booted: {self._last_words()}")
+                raise BedError(f"{self.name} died while it booted: {self.last_words()}")
             if time.monotonic() > deadline_s:
-                raise BedTimeout(f"{self.name} is not ready after {timeout_s:g} s; it last said: {self._last_words()}")
+                raise BedTimeout(f"{self.name} is not ready after {timeout_s:g} s; it last said: {self.last_words()}")
             time.sleep(0.1)
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of what the host and its QEMU wrote."""
         try:
             own = (self.directory / "qemu.log").read_text(errors="replace")
         except FileNotFoundError:

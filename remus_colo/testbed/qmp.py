@@ -43,7 +43,12 @@ class Qmp:
         """Run one command; its ``return`` value.  Events that arrive meanwhile are dropped."""
         request = {"execute": command, "arguments": arguments}
         self._arm()
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except TimeoutError as cause:
+            raise BedTimeout(f"QEMU does not answer at {self._path}") from cause
+        except OSError as cause:
+            raise BedError(f"QEMU closed {self._path}") from cause
         while True:
             answer = self._read()
             if "return" in answer:
@@ -78,6 +83,8 @@ class Qmp:
                 data = self._socket.recv(65536)
             except TimeoutError as cause:
                 raise BedTimeout(f"QEMU does not answer at {self._path}") from cause
+            except OSError:
+                data = b""  # reset: it ended
             if not data:
                 raise BedError(f"QEMU closed {self._path}")
             self._buffer += data
