@@ -26,6 +26,7 @@ from remus_colo.testbed import accel, cache, dom0_image, domu_disk, skew, worktr
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.netns import NETNS_DIR
 from remus_colo.testbed.network import HOSTS, BedNetwork
+from remus_colo.testbed.process import find_by_argument
 from remus_colo.testbed.qemu import Host, HostSpec
 from remus_colo.testbed.remote_process import RemoteProcess
 from remus_colo.testbed.ssh import Remote, key_pair
@@ -87,7 +88,8 @@ class Bed:
                     self._start(name, options)
                 self._power_on(options.skew_s)
                 code = worktree.archive()
-                _each_host(self._wait_ready)
+                for name in HOSTS:
+                    self._wait_ready(name)
                 _each_host(lambda name: worktree.install(self.remote(name), code))
                 self._set_skew(options.skew_s)
             except BaseException:
@@ -109,6 +111,9 @@ class Bed:
             self.remote(name).disconnect()
             if host.kill():
                 removed.append(f"host {name}")
+            for process in find_by_argument(host.qmp_argument):  # started, but its record was not written any more
+                process.kill()
+                removed.append(f"process {process.pid}")
         removed += [f"namespace {name}" for name in self.network.remove()]
         return removed
 
@@ -158,7 +163,7 @@ class Bed:
 
     def skew(self) -> skew.Reading:
         """Measure backup's Xen time minus primary's; takes 2 to 3 seconds."""
-        with skew.SkewMeter(self.remote("primary"), self.remote("backup")) as meter:
+        with skew.SkewMeter(self.reachable("primary"), self.reachable("backup")) as meter:
             return meter.measure()
 
     # -- use
@@ -171,11 +176,11 @@ class Bed:
         :raise CommandFailed: it failed, and ``check`` is true.
         :raise BedTimeout: it did not end in time.
         """
-        return self.remote(host).run(_line(command), timeout_s=timeout_s, check=check)
+        return self.reachable(host).run(_line(command), timeout_s=timeout_s, check=check)
 
     def popen(self, host: str, command: str, **popen: Any) -> RemoteProcess:
         """Start a program in a host's dom0; keywords as for :class:`subprocess.Popen`."""
-        return RemoteProcess(self.remote(host), command, **popen)
+        return RemoteProcess(self.reachable(host), command, **popen)
 
     def push(self, host: str, source: Path, target: str) -> None:
         """Copy a file to the path ``target``, or a directory's content into the directory ``target``, in dom0."""
@@ -188,10 +193,20 @@ class Bed:
             command, content = f"cat > {where} && chmod {mode:o} {where}", source.read_bytes()
         else:
             raise BedError(f"{source} is neither a file nor a directory")
-        self.remote(host).run(command, timeout_s=600, stdin=content)
+        self.reachable(host).run(command, timeout_s=600, stdin=content)
+
+    def reachable(self, host: str) -> Remote:
+        """ssh to a host.  :raise BedError: the bed is not up, or the host is off (or still booting)."""
+        self._need_up()
+        state = self._host(host).state()
+        if state in ("off", "booting"):
+            raise BedError(f"{host} is {state}: run 'status', and 'boot {host}' if it is off")
+        return self.remote(host)
 
     def remote(self, host: str) -> Remote:
-        net = self._host(host) and HOSTS[host]
+        """ssh to a host, whatever its state."""
+        self._host(host)
+        net = HOSTS[host]
         return Remote(host, net.mgmt, self.network.namespace("mgmt"), self.directory / host / "ssh.sock")
 
     def client_argv(self, argv: Sequence[str]) -> list[str]:
@@ -242,8 +257,13 @@ class Bed:
             with skew.stopped(self.hosts[step.host].qmp):
                 time.sleep(step.for_s)
 
-        with skew.SkewMeter(self.remote("primary"), self.remote("backup")) as meter:
-            reached = skew.set_skew(meter, wanted_s, hold)
+        try:
+            with skew.SkewMeter(self.remote("primary"), self.remote("backup")) as meter:
+                reached = skew.set_skew(meter, wanted_s, hold)
+        except skew.NoXenClock as error:
+            # The clocks are read by the code under test: if that is broken the bed is still good to find out why.
+            log.warning("the hosts' Xen clocks are not set, only about right: %s", error)
+            return
         log.info("backup's Xen clock is %+.4f s from primary's (to within %.4f s)", reached.offset_s, reached.error_s)
 
     def _wait_ready(self, name: str) -> None:

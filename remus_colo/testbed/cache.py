@@ -57,7 +57,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another build holds %s: waiting for it", path)
+            log.info("another process holds %s: waiting for it", path)
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

@@ -7,9 +7,11 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from remus_colo.errors import RemusError
 from remus_colo.testbed import bed_logs, bed_status
@@ -62,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
         ("resume", "let a frozen host go on (SIGCONT)"),
     ):
         add(name, text).add_argument("host", **HOST)
-    add("link", "cut or restore the replication link").add_argument("state", choices=("up", "down"))
+    add("link", "cut or restore the replication link").add_argument("position", choices=("up", "down"))
     console = add("console", "print a console: a host's serial line, or a guest's")
     console.add_argument("target", metavar="HOST[/DOMAIN]")
     console.add_argument("--follow", "-f", action="store_true", help="go on as it grows")
@@ -76,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
+    # An interrupted 'up' takes the bed down again: make these signals exceptions, as SIGINT is.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_on_signal)
     try:
         return _run(args) or 0
     except RemusError as error:
@@ -113,7 +118,7 @@ def _run(args: argparse.Namespace) -> int | None:
             bed.sync()
         case "exec":
             terminal = sys.stdin.isatty() and sys.stdout.isatty()
-            _become(bed.remote(args.host).argv(" ".join(_words(args.words)), terminal=terminal))
+            _become(bed.reachable(args.host).argv(" ".join(_words(args.words)), terminal=terminal))
         case "push":
             bed.push(args.host, args.source, args.target)
         case "client":
@@ -127,12 +132,16 @@ def _run(args: argparse.Namespace) -> int | None:
         case "resume":
             bed.resume(args.host)
         case "link":
-            bed.link(up=args.state == "up")
+            bed.link(up=args.position == "up")
         case "console":
             bed_logs.console(bed, args.target, follow=args.follow)
         case "logs":
             bed_logs.collect(bed, args.directory)
     return None
+
+
+def _exit_on_signal(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _words(words: list[str]) -> list[str]:

@@ -30,6 +30,16 @@ IP_TIMEOUT_S = 20.0
 # bridge/port settings that keep a quiet net quiet and a new port usable at once
 BRIDGE = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
 
+SYSCTLS = {
+    # Nobody speaks IPv6 by itself here: router and neighbour discovery would wake emulated CPUs.
+    "net/ipv6/conf/all/disable_ipv6": "1",
+    "net/ipv6/conf/default/disable_ipv6": "1",
+    # A switch does not look into packets.
+    "net/bridge/bridge-nf-call-iptables": "0",
+    "net/bridge/bridge-nf-call-ip6tables": "0",
+    "net/bridge/bridge-nf-call-arptables": "0",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class HostNet:
@@ -87,9 +97,8 @@ class BedNetwork:
                 raise BedError(f"the network namespace {name} exists: run 'clean' for the bed {self.bed}")
         for name in self.namespaces:
             run(["ip", "netns", "add", name], timeout_s=IP_TIMEOUT_S)
-            # Nobody speaks IPv6 by itself here: router and neighbour discovery would wake emulated CPUs.
-            netns.write_sysctl(name, "net/ipv6/conf/all/disable_ipv6", "1")
-            netns.write_sysctl(name, "net/ipv6/conf/default/disable_ipv6", "1")
+            for key, value in SYSCTLS.items():
+                netns.write_sysctl(name, key, value)
         for role in NIC_ROLES:
             mtu = REPL_MTU if role == "repl" else LAN_MTU
             self._batch(role, "link set lo up", f"link add {role} mtu {mtu} {BRIDGE}", f"link set {role} up")

@@ -81,3 +81,19 @@ def _stat(pid: int) -> list[str] | None:
         return None
     # The second field is the name in parentheses, which may hold anything.
     return text.rpartition(")")[2].split()
+
+
+def find_by_argument(argument: str) -> list[ProcessId]:
+    """Processes that have exactly this argument in their command line."""
+    found = []
+    wanted = argument.encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if wanted in words[1:]:
+                found.append(ProcessId.of(int(entry.name)))
+        except (OSError, BedError):
+            continue  # ended meanwhile
+    return found

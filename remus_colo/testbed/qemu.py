@@ -34,6 +34,10 @@ DOM0_ARGS = (
 READY_MARK = "testbed: ready at"
 
 
+def qmp_argument(directory: Path) -> str:
+    return f"unix:{directory}/qmp.sock,server=on,wait=off"
+
+
 @dataclass(frozen=True, slots=True)
 class HostSpec:
     """What a host is booted from.  Paths are absolute; ``key`` is the base64 part of an ed25519 public key.
@@ -65,7 +69,7 @@ class HostSpec:
                 "-chardev", f"socket,id=serial,path={directory}/serial.sock,server=on,wait=off,"
                             f"logfile={directory}/serial.log",
                 "-serial", "chardev:serial",
-                "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
+                "-qmp", qmp_argument(directory),
                 "-kernel", self.xen, "-append", XEN_ARGS.format(dom0_mb=self.dom0_mb),
                 "-initrd", f"{self.vmlinuz} {dom0},{self.initrd}",
                 "-drive", f"file={self.disk},if=virtio,format=raw,snapshot=on"]  # fmt: skip
@@ -90,6 +94,11 @@ class Host:
     @property
     def serial_log(self) -> Path:
         return self.directory / "serial.log"
+
+    @property
+    def qmp_argument(self) -> str:
+        """An argument that only this host's QEMU has."""
+        return qmp_argument(self.directory)
 
     @property
     def qmp_path(self) -> Path:

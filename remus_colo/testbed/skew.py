@@ -36,6 +36,10 @@ for _ in sys.stdin:
 """
 
 
+class NoXenClock(BedError):
+    """The work tree's code in a host does not tell Xen's time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """``offset_s``: a host's Xen time minus this machine's monotonic time; right to within ``error_s``."""
@@ -97,7 +101,7 @@ class SkewMeter:
     def measure(self) -> Reading:
         """Backup's Xen time minus primary's.
 
-        :raise BedError: a host has no Xen clock to read (the work tree's code is not in it, or does not run).
+        :raise NoXenClock: a host has no Xen clock to read (the work tree's code is not in it, or does not run).
         """
         primary, backup = (_read(reader) for reader in self._readers)
         return Reading(backup.offset_s - primary.offset_s, primary.error_s + backup.error_s)
@@ -116,7 +120,7 @@ def _read(reader: RemoteProcess) -> Reading:
         arrived_ns = time.monotonic_ns()
         if not line:
             said = reader.stderr.read().decode(errors="replace").strip().splitlines()
-            raise BedError(f"cannot read the Xen clock of a host: {said[-1] if said else 'the reader ended'}")
+            raise NoXenClock(f"cannot read the Xen clock of a host: {said[-1] if said else 'the reader ended'}")
         samples.append((sent_ns, int(line), arrived_ns))
     return best(samples)
 
