@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text)
 
     add("setup", "install what this machine needs (Debian packages, Python packages)")
+    add("python", "print the path of the Python that has what the tests need")
     up = add("up", "build what is missing and boot both hosts")
     up.add_argument("--skew", type=float, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's")
     up.add_argument("--xen", default="debian", metavar="XEN", help="'debian', or the path of a hypervisor")
@@ -94,7 +95,13 @@ def _run(args: argparse.Namespace) -> int | None:
     if args.command == "setup":
         from remus_colo.testbed import machine
 
-        return machine.setup()
+        machine.setup()
+        return 0
+    if args.command == "python":
+        from remus_colo.testbed import machine
+
+        print(machine.python_for_tests(install=False))
+        return 0
     bed = Bed(args.bed, args.state)
     match args.command:
         case "up":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE_FILES = ("pyproject.toml", "setup.cfg", "setup.py", "MANIFEST.in", "README.rst", "LICENSE")
 BUILT_SUFFIXES = (".pyc", ".so", ".o")
+BUILT_FILES = ("_xen.c",)
 # Where Debian's pip installs what is not the distribution's own.
 SITE = "usr/local/lib/python3*/dist-packages"
 
@@ -51,35 +53,39 @@ tar -C "$1/mnt/out" -czf "$3" .
 """
 
 
-def sources(checkout: Path = CHECKOUT) -> Iterator[tuple[str, Path]]:
-    """Relative name and path of each file that the built package depends on, in order of name."""
-    package = checkout / "remus_colo"
-    found = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    found = [p for p in found if p.suffix not in BUILT_SUFFIXES and p.name != "_xen.c"]
-    found += [checkout / name for name in PACKAGE_FILES if (checkout / name).is_file()]
-    for path in sorted(found):
-        yield str(path.relative_to(checkout)), path
+def sources(checkout: Path = CHECKOUT) -> Iterator[Path]:
+    """The files that the built package depends on, relative to the checkout, in order of name."""
+    found = [path.relative_to(checkout) for path in (checkout / "remus_colo").rglob("*") if path.is_file()]
+    found = [
+        path for path in found
+        if path.suffix not in BUILT_SUFFIXES and path.name not in BUILT_FILES
+        and not any(part == "__pycache__" or part.startswith(".") for part in path.parts)
+    ]  # fmt: skip
+    found += [Path(name) for name in PACKAGE_FILES if (checkout / name).is_file()]
+    yield from sorted(found)
 
 
 def archive(checkout: Path = CHECKOUT) -> Path:
     """A tar archive of the installed package, relative to dom0's root; built when the sources have changed."""
-    files = {name: cache.file_hash(path) for name, path in sources(checkout)}
-    recipe = {"root": dom0_image.ROOT_RECIPE, "files": files, "script": BUILD_SCRIPT}
+    with tempfile.TemporaryDirectory(prefix="testbed-code-") as directory:
+        # Of a copy, since somebody may be at work in the checkout: what is hashed is what is built.
+        copy = Path(directory) / "src"
+        files = {}
+        for name in sources(checkout):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copy2(checkout / name, copy / name)
+            except FileNotFoundError:
+                continue  # removed just now
+            files[str(name)] = cache.file_hash(copy / name)
+        recipe = {"root": dom0_image.ROOT_RECIPE, "files": files, "script": BUILD_SCRIPT}
 
-    def build(path: Path) -> None:
-        root = dom0_image.root_tree()
-        log.info("building the work tree's code for dom0 (some seconds)")
-        copy = path.with_name(path.name + "-src")
-        try:
-            for name in files:
-                target = copy / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(checkout / name, target)
+        def build(path: Path) -> None:
+            root = dom0_image.root_tree()
+            log.info("building the work tree's code for dom0 (some seconds)")
             run(["unshare", "--mount", "sh", "-c", BUILD_SCRIPT, "build", root, copy, path], timeout_s=300)
-        finally:
-            cache.remove(copy)
 
-    return cache.entry("code", recipe, build)
+        return cache.entry("code", recipe, build)
 
 
 def install(remote: Remote, built: Path) -> None:
