@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Ethernet frames of one link, in and out (AF_PACKET, packet(7))."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import socket
+import struct
+from typing import NamedTuple, Self
+
+from remus_colo.errors import HostError, NetworkError, StateError
+
+ETHERTYPE_ALL = 0x0003  # <linux/if_ether.h>
+ETHERTYPE_ARP = 0x0806
+_HEADER = struct.Struct("!6s6sH")
+# A frame may come before it is split to the MTU: 64 kB of IP, 14 of Ethernet, and a VLAN tag.
+_MAX_FRAME_BYTES = 65536 + 18
+_SOL_PACKET = 263  # <linux/socket.h>; these three are from <linux/if_packet.h>
+_PACKET_STATISTICS = 6
+_PACKET_IGNORE_OUTGOING = 23
+_PACKET_OUTGOING = 4
+_SO_RCVBUFFORCE = 33
+_SO_ATTACH_FILTER = 26
+
+
+class Frame(NamedTuple):
+    """A frame that came in.  ``payload`` may have Ethernet padding at its end, and a VLAN tag is not shown."""
+
+    ethertype: int
+    payload: bytes
+    source_mac: bytes
+
+
+class RawLink:
+    """Reads and writes the frames of one link, never blocking.  Belongs to one thread.
+
+    TCP and UDP checksums of what is read may not be filled in yet when the link is a veth.
+    """
+
+    def __init__(
+        self, ifname: str, ethertype: int = ETHERTYPE_ALL, *, receive_buffer_bytes: int = 16 << 20
+    ) -> None:
+        """:param ethertype: the only one to be read, or all.
+        :raise NetworkError: there is no such link.
+        :raise HostError: no permission.
+        """
+        self._ifname = ifname
+        self._dropped = 0
+        self._was_down = False
+        try:
+            # Protocol 0 at first: nothing is received before the socket is bound to its link.
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        except OSError as exc:
+            raise HostError(f"cannot read frames of {ifname}: {exc.strerror}; run as root") from exc
+        try:
+            self._socket.setblocking(False)
+            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            with contextlib.suppress(PermissionError):  # then the system's default size does
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer_bytes)
+            if ethertype != ETHERTYPE_ALL:
+                self._only(ethertype)
+            self._socket.bind((ifname, ETHERTYPE_ALL))
+        except OSError as exc:
+            self._socket.close()
+            raise NetworkError(f"cannot read frames of {ifname}: {exc.strerror}") from exc
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def fileno(self) -> int:
+        """To be polled for reading."""
+        return self._socket.fileno()
+
+    def recv(self) -> Frame | None:
+        """The next frame that came in over the link, or None if there is none now.
+
+        A link that is down has none; frames go on when it is up again.
+
+        :raise NetworkError: the link was deleted.  A new one of the same name takes a new RawLink.
+        """
+        self._check_open()
+        while True:
+            try:
+                frame, address = self._socket.recvfrom(_MAX_FRAME_BYTES)
+            except BlockingIOError:
+                if self._was_down:
+                    self._check_link()
+                return None
+            except OSError as exc:
+                if exc.errno != errno.ENETDOWN:
+                    raise NetworkError(f"cannot read frames of {self._ifname}: {exc.strerror}") from exc
+                self._was_down = True  # said once, for a link that went down and for one that went away
+                continue
+            self._was_down = False
+            if address[2] == _PACKET_OUTGOING or len(frame) < _HEADER.size:
+                continue
+            _, source_mac, ethertype = _HEADER.unpack_from(frame)
+            return Frame(ethertype, frame[_HEADER.size :], source_mac)
+
+    def send(self, frame: bytes) -> None:
+        """Send a whole frame, from the destination address on, without checksum.
+
+        :raise NetworkError: the link is down or gone, its queue is full, or the frame exceeds its MTU.
+        """
+        self._check_open()
+        try:
+            self._socket.send(frame)
+        except OSError as exc:
+            raise NetworkError(f"cannot send {len(frame)} bytes on {self._ifname}: {exc.strerror}") from exc
+
+    def dropped(self) -> int:
+        """Frames lost so far because they were not read in time."""
+        if self._socket.fileno() >= 0:
+            # Reading them sets them back to 0.
+            figures = self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)
+            self._dropped += struct.unpack("=II", figures)[1]
+        return self._dropped
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _only(self, ethertype: int) -> None:
+        """Let the kernel drop other frames.  Binding to an ethertype will not do: a bridge takes the frames of
+        its ports before such sockets see them (``__netif_receive_skb_core``: rx_handler comes first)."""
+        program = b"".join(  # <linux/filter.h>: code, jump if true, jump if false, operand
+            struct.pack("=HBBI", *instruction)
+            for instruction in (
+                (0x28, 0, 0, 12),  # load the 16-bit ethertype
+                (0x15, 0, 1, ethertype),
+                (0x06, 0, 0, 0xFFFFFFFF),  # the whole frame
+                (0x06, 0, 0, 0),
+            )
+        )
+        code = ctypes.create_string_buffer(program)
+        sock_fprog = struct.pack("HL", len(program) // 8, ctypes.addressof(code))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, sock_fprog)
+
+    def _check_open(self) -> None:
+        if self._socket.fileno() < 0:
+            raise StateError(f"the frames of {self._ifname} are no longer read: it was closed")
+
+    def _check_link(self) -> None:
+        # The kernel unbinds the socket from a link that goes away; the name is then empty.
+        if not self._socket.getsockname()[0]:
+            raise NetworkError(f"the link {self._ifname} was deleted")

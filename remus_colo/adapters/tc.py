@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Traffic control (pyroute2): filters that copy or redirect all frames, and the plug.
+
+Sources: <linux/pkt_sched.h>, net/sched/sch_plug.c, tc-mirred(8), tc-u32(8).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from remus_colo.adapters.rtnl import reporting, tolerating
+from remus_colo.errors import NetworkError
+
+if TYPE_CHECKING:
+    from remus_colo.adapters.netlink import Links
+
+INGRESS = 0xFFFFFFF2  # clsact's two hooks, as the parent of a filter: TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_*)
+EGRESS = 0xFFFFFFF3
+_ETH_P_ALL = 3  # <linux/if_ether.h>
+# Our filters are found again by their priority, also after a crash: "CO", unlikely to be anyone else's.
+_FILTER_PRIO = 0x434F
+# u32 with a key that always matches, since u32 is more widely there than matchall.
+_MATCH = {"prio": _FILTER_PRIO, "protocol": _ETH_P_ALL, "target": 0, "keys": ["0x0/0x0+0"]}
+
+
+def add_filter(
+    ipr: Any,
+    ifname: str,
+    index: int,
+    hook: int,
+    action: Literal["mirror", "redirect"],
+    target: str,
+    target_index: int,
+) -> None:
+    """Send each frame at ``hook`` of a link, or a copy of it, out of the link ``target``.
+
+    A mirror is free of effect on the frame, also if ``target`` is down or gone: only the copy is lost.
+
+    :raise HostError: no permission, or the kernel lacks what it takes.
+    :raise NetworkError: a link is gone.
+    """
+    if not _has_clsact(ipr, index):
+        with reporting(f"set up filters on {ifname}", module="sch_ingress"):
+            ipr.tc("add", "clsact", index)
+    with reporting(f"{action} the frames of {ifname} to {target}", module="cls_u32 or act_mirred"):
+        mirred = {"kind": "mirred", "direction": "egress", "action": action, "ifindex": target_index}
+        ipr.tc("add-filter", "u32", index, parent=hook, action=mirred, **_MATCH)
+
+
+def remove_filter(ipr: Any, ifname: str, index: int, hook: int) -> None:
+    """Take our filter away, and clsact if nothing else uses it.  No error if it or the link is gone."""
+    with reporting(f"remove the filter of {ifname}"), tolerating(errno.ENODEV, errno.ENOENT):
+        if not _has_clsact(ipr, index):
+            return
+        found = {
+            (h, f["info"] >> 16) for h in (INGRESS, EGRESS) for f in ipr.get_filters(index=index, parent=h)
+        }
+        if (hook, _FILTER_PRIO) not in found:
+            return
+        if found == {(hook, _FILTER_PRIO)}:
+            ipr.tc("del", "clsact", index)
+        else:
+            ipr.tc("del-filter", "u32", index, parent=hook, **_MATCH)
+
+
+def _has_clsact(ipr: Any, index: int) -> bool:
+    with reporting("list queueing disciplines"):
+        return any(q.get_attr("TCA_KIND") == "clsact" for q in ipr.get_qdiscs(index=index))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlugStats:
+    """``backlog_*``: what waits now; ``sent_packets`` and ``dropped_packets`` since installation."""
+
+    backlog_packets: int
+    backlog_bytes: int
+    sent_packets: int
+    dropped_packets: int
+
+
+class Plug:
+    """``sch_plug`` as root of a link's output: passes frames on, or keeps them for a while, in order.
+
+    The limit holds in both states, is in bytes of frames with their Ethernet headers, and what exceeds it
+    is dropped (see :meth:`stats`).  The kernel's own default would be ``txqueuelen`` frames, 32 for a vif.
+    A plug goes with its link: install it again on a vif that was made anew.  Taking the link down, or its
+    carrier going away, empties it.
+    """
+
+    def __init__(self, links: Links, ifname: str, limit_bytes: int) -> None:
+        if not 0 < limit_bytes < 1 << 32:
+            raise ValueError(f"limit_bytes={limit_bytes} is not a positive 32-bit number")
+        self._links = links
+        self._ifname = ifname
+        self._limit_bytes = limit_bytes
+        self._index = 0  # looked up once: buffer() falls into the guest's pause
+
+    def install(self) -> None:
+        """Put the plug in, passing.  One that is there, as after a crash, is taken over and released.
+
+        :raise HostError: no permission or no sch_plug.
+        :raise NetworkError: no such link, or it has another root queueing discipline that someone chose.
+        """
+        index = self._index = self._links.ifindex(self._ifname)
+        root = self._root(index)
+        kind = root.get_attr("TCA_KIND") if root else ""
+        if kind == "plug":
+            self._change("TCQ_PLUG_LIMIT", index)
+        elif root and root["handle"]:  # 0 for what the kernel put there by itself
+            # The kernel would replace it without a word, NLM_F_EXCL or not.
+            raise NetworkError(
+                f"{self._ifname} has the root queueing discipline {kind}, which would be lost:"
+                f" remove it first ('tc qdisc del dev {self._ifname} root')"
+            )
+        else:
+            with reporting(f"hold the output of {self._ifname}", module="sch_plug"):
+                # On creation the kernel looks at the limit alone, and the new plug is closed (plug_init).
+                self._links.ipr.tc("add", "plug", index, action="TCQ_PLUG_LIMIT", limit=self._limit_bytes)
+        try:
+            self._change("TCQ_PLUG_RELEASE_INDEFINITE", index)
+        except BaseException:
+            with contextlib.suppress(NetworkError):
+                self._delete(index)
+            raise
+
+    def buffer(self) -> None:
+        """Keep frames from now on.  Those already in the driver's or guest's ring are not called back.
+
+        :raise NetworkError: the plug is gone, with its link or otherwise (:meth:`release` likewise).
+        """
+        self._change("TCQ_PLUG_BUFFER", self._known_index())
+
+    def release(self) -> None:
+        """Let go of all that is kept, in order, and pass on from now on."""
+        self._change("TCQ_PLUG_RELEASE_INDEFINITE", self._known_index())
+
+    def remove(self, deadline_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        """Release, wait until all has left or the deadline, and take the plug away.
+
+        Frames that the device still does not take at the deadline, as when the guest is paused, are dropped.
+        No error if the link or the plug is gone.
+
+        :param deadline_s: by ``clock``; in the past by default, which does not wait.
+        """
+        if not self._links.exists(self._ifname):
+            return
+        index = self._links.ifindex(self._ifname)
+        root = self._root(index)
+        if root is None or root.get_attr("TCA_KIND") != "plug":
+            return
+        with contextlib.suppress(NetworkError):  # the link may go at any moment, and the plug with it
+            self._change("TCQ_PLUG_RELEASE_INDEFINITE", index)
+            while self.stats().backlog_packets and clock() < deadline_s:
+                time.sleep(0.001)  # no event tells when a queue has drained
+        self._delete(index)
+
+    def stats(self) -> PlugStats:
+        """:raise NetworkError: there is no such link, or no plug on it."""
+        root = self._root(self._links.ifindex(self._ifname))
+        if root is None or root.get_attr("TCA_KIND") != "plug":
+            raise NetworkError(f"there is no plug on {self._ifname}")
+        figures = root.get_attr("TCA_STATS2")
+        queue, basic = figures.get_attr("TCA_STATS_QUEUE"), figures.get_attr("TCA_STATS_BASIC")
+        return PlugStats(
+            backlog_packets=queue["qlen"],
+            backlog_bytes=queue["backlog"],
+            sent_packets=basic["packets"],
+            dropped_packets=queue["drops"],
+        )
+
+    def _known_index(self) -> int:
+        if not self._index:
+            self._index = self._links.ifindex(self._ifname)
+        return self._index
+
+    def _change(self, action: str, index: int) -> None:
+        """``action`` must be one of pyroute2's names: it takes any other for TCQ_PLUG_BUFFER."""
+        with reporting(f"change the plug of {self._ifname}"):
+            self._links.ipr.tc("change", "plug", index, action=action, limit=self._limit_bytes)
+
+    def _delete(self, index: int) -> None:
+        gone = tolerating(errno.ENODEV, errno.ENOENT, errno.EINVAL)
+        with reporting(f"remove the plug of {self._ifname}"), gone:
+            self._links.ipr.tc("del", "plug", index)
+
+    def _root(self, index: int) -> Any:
+        with reporting(f"look at the queueing discipline of {self._ifname}"):
+            for qdisc in self._links.ipr.get_qdiscs(index=index):
+                if qdisc["parent"] == 0xFFFFFFFF:  # TC_H_ROOT
+                    return qdisc
+        return None
