@@ -22,7 +22,7 @@ from remus_colo.adapters.xenctrl import (
     ShutdownReason,
 )
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint import sharedinfo
+from remus_colo.checkpoint import hvmcontext, sharedinfo
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
 from remus_colo.errors import DomainError, XenError
 from remus_colo.relocation.bulk import Pages
@@ -121,6 +121,9 @@ class SvmEngine:
         """
         if self.mode is Mode.TRANSPARENT:
             self._check_ports(checkpoint.event_channels)
+        # A vCPU that is halted stays so for Xen, whatever state is loaded; an interrupt ends that, and does
+        # nothing else, as the domain is paused and the state that it changes is about to be replaced.
+        self._interrupt()
         for vif in self.layout.vifs:
             backend.unbind(vif)
         if self.mode is Mode.COOPERATIVE:
@@ -131,10 +134,12 @@ class SvmEngine:
                 self.guest.remap(gfn)
         self.guest.map_grants()
         self._write_pages(checkpoint, len(checkpoint.grants) // PAGE_SIZE)
-        busy = self.guest.set_grants(checkpoint.grants)
+        # A guest that resumes itself grants anew, and its twin's table may have more frames than this one's.
+        busy = self.guest.set_grants(checkpoint.grants if self.mode is Mode.TRANSPARENT else b"")
         if busy:
             log.warning("%d grants of domain %d were still mapped while its state was replaced", busy, self.guest.domid)
-        self.guest.set_hvm_context(checkpoint.context)
+        # Without a request that was there already, the interrupt that resume() makes is a new one.
+        self.guest.set_hvm_context(hvmcontext.without_request(checkpoint.context, self._callback_vector()))
         if self.mode is Mode.TRANSPARENT:
             self._mark_timers(checkpoint)
             for vif in self.layout.vifs:
@@ -174,8 +179,9 @@ class SvmEngine:
         """Bind the backends, which attach to the rings as they lie in the loaded memory."""
         for vif in self.layout.vifs:
             if self.mode is Mode.COOPERATIVE:
+                # Only the frontend's: the backend's driver writes its own state where it differs from the
+                # one that it remembers, and a state written behind its back would stay.
                 self.store.write(f"{vif.frontend}/state", str(int(XenbusState.INITIALISING)))
-                self.store.write(f"{vif.backend}/state", str(int(XenbusState.INITIALISING)))
             backend.bind(vif)
         for vif in self.layout.vifs:
             self.attach(vif)
@@ -188,6 +194,9 @@ class SvmEngine:
         home = f"/local/domain/{domid}"
         guest.shutdown(ShutdownReason.SUSPEND)
         guest.soft_reset()
+        # The guest finds an empty ring, as in a restored domain: what its former life had begun to say to
+        # xenstored would be read as part of what it says next.
+        guest.apply(self.layout.store_gfn.to_bytes(8, "little"), None)
         store_port, console_port = guest.alloc_unbound(), guest.alloc_unbound()
         guest.set_hvm_param(HVM_PARAM_STORE_EVTCHN, store_port)
         guest.set_hvm_param(HVM_PARAM_CONSOLE_EVTCHN, console_port)
@@ -204,10 +213,11 @@ class SvmEngine:
         self._paused = False
         self._ever_ran = True
         if self.mode is Mode.TRANSPARENT:
-            # The SVM may have been halted in its former life, which the loaded state does not tell Xen; an
-            # interrupt wakes it, and its handler finds the timer's event pending.
-            for vcpu in range(self.guest.info().vcpus):
-                self.guest.inject_vector(vcpu * 2, self._callback_vector())
+            self._interrupt()  # its handler finds the timer's event pending
+
+    def _interrupt(self) -> None:
+        for vcpu in range(self.guest.info().vcpus):
+            self.guest.inject_vector(vcpu * 2, self._callback_vector())
 
     def _callback_vector(self) -> int:
         via = self.guest.hvm_param(HVM_PARAM_CALLBACK_IRQ)
