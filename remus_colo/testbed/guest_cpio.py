@@ -65,9 +65,7 @@ def archive(nodes: Iterable[Node], mtime_s: int) -> bytes:
             if not stat.S_ISDIR(above.mode):
                 raise ValueError(f"{path!r} lies below {parent!r}, which is no directory")
     # A parent sorts before what is in it, as the kernel's unpacker needs.
-    pieces = [
-        _member(number, by_path[path], mtime_s) for number, path in enumerate(sorted(by_path), start=1)
-    ]
+    pieces = [_member(number, by_path[path], mtime_s) for number, path in enumerate(sorted(by_path), start=1)]
     pieces.append(_member(0, Node(_TRAILER, 0), 0))
     return b"".join(pieces)
 

@@ -7,12 +7,13 @@ still the machine's.  Needs no root.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from remus_colo.errors import HostError
@@ -88,7 +89,9 @@ class Release:
         names = re.findall(r"^ +Depends: (\S+)", self._apt("apt-cache", "depends", package), re.MULTILINE)
         found = [name for name in names if re.fullmatch(pattern, name)]
         if len(found) != 1:
-            raise HostError(f"{package} of this release names {found or 'nothing'} where {pattern} was expected")
+            raise HostError(
+                f"{package} of this release names {found or 'nothing'} where {pattern} was expected"
+            )
         return found[0]
 
     def _find(self, package: str, version: str) -> Path | None:
@@ -128,9 +131,13 @@ class Release:
                 env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
             )  # fmt: skip
         except FileNotFoundError as missing:
-            raise HostError(f"{command[0]} is missing: the guest image is built with Debian's apt") from missing
+            raise HostError(
+                f"{command[0]} is missing: the guest image is built with Debian's apt"
+            ) from missing
         except subprocess.TimeoutExpired as late:
-            raise HostError(f"{' '.join(command)} did not end within {_RUN_LIMIT_S} s: check the mirror") from late
+            raise HostError(
+                f"{' '.join(command)} did not end within {_RUN_LIMIT_S} s: check the mirror"
+            ) from late
         if done.returncode != 0:
             reason = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
             raise HostError(f"{' '.join(command)} failed: {reason}")
@@ -144,16 +151,34 @@ def _field(record: str, name: str, package: str) -> str:
     return found.group(1)
 
 
-def members(package_file: Path) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarFile]]:
-    """Walks the files that a package installs: path without the leading ``./``, its entry, and its archive.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Contents:
+    """What was taken out of a package: regular files' bytes and symbolic links' targets, by path."""
 
-    Read an entry's bytes before taking the next: the archive is a stream.
+    files: dict[str, bytes]
+    links: dict[str, str]
+
+
+def take(package_file: Path, wanted: Callable[[str], bool]) -> Contents:
+    """Takes the files out of a package whose path, without a leading slash, is ``wanted``.
+
+    :raises HostError: the package file is damaged.
     """
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package_file], stdout=subprocess.PIPE) as unpacker:
+    taken = Contents({}, {})
+    words = ["dpkg-deb", "--fsys-tarfile", package_file]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacker:
         assert unpacker.stdout is not None
-        with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
-            for entry in archive:
-                yield entry.name.removeprefix("./"), entry, archive
+        try:
+            with tarfile.open(fileobj=unpacker.stdout, mode="r|") as archive:
+                for entry in archive:
+                    path = entry.name.removeprefix("./")
+                    if entry.issym() and wanted(path):
+                        taken.links[path] = entry.linkname
+                    elif (file := archive.extractfile(entry) if entry.isreg() else None) and wanted(path):
+                        taken.files[path] = file.read()
+        except (tarfile.TarError, EOFError) as broken:
+            raise HostError(f"{package_file} is damaged: remove it and try again") from broken
         unpacker.stdout.read()  # the padding after the last entry, so that dpkg-deb ends well
     if unpacker.returncode != 0:
         raise HostError(f"{package_file} is damaged: remove it and try again")
+    return taken

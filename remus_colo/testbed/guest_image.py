@@ -175,7 +175,9 @@ def _locked(path: Path, log: Callable[[str], object]) -> Iterator[None]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.guest_image", description=__doc__)
-    parser.add_argument("cache", nargs="?", type=Path, default=default_cache_dir(), help="default: %(default)s")
+    parser.add_argument(
+        "cache", nargs="?", type=Path, default=default_cache_dir(), help="default: %(default)s"
+    )
     try:
         image_dir = build(parser.parse_args().cache, log=lambda line: print(line, file=sys.stderr))
     except RemusError as error:

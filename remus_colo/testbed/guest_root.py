@@ -27,6 +27,10 @@ MODULES = ("xen-netfront",)
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _LOADER = "usr/lib64/ld-linux-x86-64.so.2"
 
+_LIBRARY = re.compile(rf"{_LIBRARIES}/[^/]+\.so[^/]*")
+_BOOT_IMAGE = re.compile(r"boot/vmlinuz-(.+)")
+_MODULE = re.compile(r"usr/lib/modules/.+/([^/]+)\.ko\.xz")
+
 # Path in the packages to path in the root.
 _PROGRAMS = {
     "usr/sbin/nginx": "usr/sbin/nginx",
@@ -70,14 +74,14 @@ def kernel(package: Path) -> Kernel:
 
     :raises HostError: the package lacks one of them.
     """
+    taken = guest_debian.take(package, lambda path: bool(_BOOT_IMAGE.fullmatch(path) or _module(path)))
     release, image = "", b""
     modules: dict[str, bytes] = {}
-    for path, entry, archive in guest_debian.members(package):
-        if path.startswith("boot/vmlinuz-"):
-            release = path.removeprefix("boot/vmlinuz-")
-            image = _read(archive, entry)
-        elif (match := re.fullmatch(r"usr/lib/modules/.*/([^/]+)\.ko\.xz", path)) and match[1] in MODULES:
-            modules[match[1]] = lzma.decompress(_read(archive, entry))
+    for path, data in taken.files.items():
+        if match := _BOOT_IMAGE.fullmatch(path):
+            release, image = match[1], data
+        else:
+            modules[_module(path)] = lzma.decompress(data)
     for name in MODULES:
         if name not in modules:
             raise HostError(f"{package.name} has no module {name}")
@@ -98,15 +102,13 @@ def userland(packages: Iterable[Path]) -> list[Node]:
     libraries: dict[str, bytes] = {}
     links: dict[str, str] = {}
     for package in packages:
-        for path, entry, archive in guest_debian.members(package):
-            folder, _, name = path.rpartition("/")
+        taken = guest_debian.take(package, lambda path: path in _PROGRAMS or bool(_LIBRARY.fullmatch(path)))
+        for path, data in taken.files.items():
             if path in _PROGRAMS:
-                programs[path] = _read(archive, entry)
-            elif folder == _LIBRARIES and ".so" in name:
-                if entry.issym():
-                    links[name] = entry.linkname
-                elif entry.isreg():
-                    libraries[name] = _read(archive, entry)
+                programs[path] = data
+            else:
+                libraries[path.rpartition("/")[2]] = data
+        links |= {path.rpartition("/")[2]: target for path, target in taken.links.items()}
     for name, target in links.items():
         if target in libraries:
             libraries[name] = libraries[target]
@@ -128,7 +130,10 @@ def own_files(services_program: bytes, modules: dict[str, bytes]) -> list[Node]:
     :param services_program: the compiled ``services/guest_services.c``.
     """
     nodes = [
-        *(directory(path) for path in ("dev", "proc", "root", "run", "sys", "var/log/nginx", "var/lib/nginx")),
+        *(
+            directory(path)
+            for path in ("dev", "proc", "root", "run", "sys", "var/log/nginx", "var/lib/nginx")
+        ),
         directory("tmp", 0o1777),
         character_device("dev/console", 5, 1),
         *(symlink(name, f"usr/{name}") for name in ("bin", "lib", "lib64", "sbin")),
@@ -140,7 +145,10 @@ def own_files(services_program: bytes, modules: dict[str, bytes]) -> list[Node]:
         regular("init", source("init"), 0o755),
         regular("usr/bin/guest_services", services_program, 0o755),
         *(regular(f"usr/lib/modules/{name}.ko", data) for name, data in modules.items()),
-        *(regular(f"srv/www/{name}", load_content.content(name, size)) for name, size in load_content.SIZES.items()),
+        *(
+            regular(f"srv/www/{name}", load_content.content(name, size))
+            for name, size in load_content.SIZES.items()
+        ),
     ]
     return nodes
 
@@ -150,8 +158,7 @@ def source(name: str) -> bytes:
     return (resources.files("remus_colo.testbed") / "services" / name).read_bytes()
 
 
-def _read(archive: guest_debian.tarfile.TarFile, entry: guest_debian.tarfile.TarInfo) -> bytes:
-    file = archive.extractfile(entry)
-    if file is None:
-        raise HostError(f"{entry.name} in a package is no regular file")
-    return file.read()
+def _module(path: str) -> str:
+    """The name of the module in MODULES that ``path`` holds, or nothing."""
+    match = _MODULE.fullmatch(path)
+    return match[1] if match and match[1] in MODULES else ""

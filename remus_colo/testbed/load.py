@@ -25,7 +25,8 @@ from typing import Any, TextIO
 
 from remus_colo.errors import ExitStatus, NetworkError, RemusError
 from remus_colo.testbed import load_content, load_report, load_verify
-from remus_colo.testbed.load_check import Check, Counter, EchoCheck, HttpCheck, IncrementCheck, VolatileCheck
+from remus_colo.testbed.load_check import Check, EchoCheck, HttpCheck, VolatileCheck
+from remus_colo.testbed.load_counter import Counter, IncrementCheck
 from remus_colo.testbed.load_datagram import DatagramWorker
 from remus_colo.testbed.load_link import Pace, Task, Worker
 
@@ -130,7 +131,9 @@ class Load:
         for name in ("random", "time"):
             every_s = getattr(options, f"{name}_every")
             if every_s:
-                task = self._task(name, 0, self._volatile(name), Pace(period_s=every_s, timeout_s=options.timeout))
+                task = self._task(
+                    name, 0, self._volatile(name), Pace(period_s=every_s, timeout_s=options.timeout)
+                )
                 yield Worker(self.recorder, task), every_s
 
     def _task(

@@ -16,9 +16,6 @@ from typing import Protocol
 
 from remus_colo.testbed import load_content
 
-# ":", at most 20 digits, CR LF: the longest integer reply of the redis protocol.
-_INTEGER_LINE_BYTES = 23
-_INTEGER_LINE = re.compile(rb":(0|[1-9][0-9]*)\r\n")
 _RANDOM_BODY = re.compile(rb"[0-9a-f]{64}\n")
 _TIME_BODY = re.compile(rb"([0-9]{10})\.([0-9]{9})\n")
 _SHOWN_BYTES = 60
@@ -79,13 +76,13 @@ class ExactReplies:
         while view:
             if not self._expected:
                 verdict.wrong_bytes += len(view)
-                return _out_of_step(verdict, f"{len(view)} bytes that nothing asked for: {_shown(view)}")
+                return out_of_step(verdict, f"{len(view)} bytes that nothing asked for: {shown(view)}")
             reply = self._expected.popleft()
             got, right = view[: len(reply)], reply[: len(view)]
             view = view[len(got) :]
             if got != right:
                 verdict.wrong_bytes += sum(a != b for a, b in zip(got, right, strict=True))
-                return _out_of_step(verdict, f"wrong bytes: got {_shown(got)}, not {_shown(right)}")
+                return out_of_step(verdict, f"wrong bytes: got {shown(got)}, not {shown(right)}")
             if len(got) < len(reply):
                 self._expected.appendleft(reply[len(got) :])
             else:
@@ -144,79 +141,6 @@ def http_request(path: str) -> bytes:
     return f"GET /{path} HTTP/1.1\r\nHost: web\r\n\r\n".encode()
 
 
-class Counter:
-    """What the client may believe about one redis key that only it increments.
-
-    Outlives the connections that it is incremented over.  An increment whose reply never came may have been made
-    or not: ``unknown`` counts those.
-
-    :ivar acknowledged: the value that the server last answered.
-    """
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.acknowledged = 0
-        self.unknown = 0
-
-    def replied(self, value: int) -> Verdict:
-        """The server answered an increment with ``value``."""
-        lowest = self.acknowledged + 1
-        highest = lowest + self.unknown
-        # From here on the server's word counts, so that one loss is not reported for each later reply.
-        self.acknowledged, self.unknown = value, 0
-        return self._judge(value, lowest, highest)
-
-    def finally_is(self, value: int) -> Verdict:
-        """A read after the load found ``value``, 0 for no such key."""
-        return self._judge(value, self.acknowledged, self.acknowledged + self.unknown)
-
-    def _judge(self, value: int, lowest: int, highest: int) -> Verdict:
-        lost, repeated = max(0, lowest - value), max(0, value - highest)
-        allowed = str(lowest) if lowest == highest else f"{lowest} to {highest}"
-        fault = f"{self.key} is {value}, not {allowed}" if lost or repeated else ""
-        return Verdict(lost_writes=lost, repeated_writes=repeated, fault=fault)
-
-
-class IncrementCheck:
-    """INCR of one key, one at a time."""
-
-    def __init__(self, counter: Counter) -> None:
-        self.counter = counter
-        self.outstanding = 0
-        self._line = b""
-
-    def request(self) -> bytes:
-        self.outstanding += 1
-        key = self.counter.key
-        return f"*2\r\n$4\r\nINCR\r\n${len(key)}\r\n{key}\r\n".encode()
-
-    def feed(self, data: bytes) -> Verdict:
-        total = Verdict()
-        self._line += data
-        while self._line:
-            end = self._line.find(b"\n") + 1
-            if not end and len(self._line) <= _INTEGER_LINE_BYTES:
-                return total
-            line = self._line[: end or None]
-            match = _INTEGER_LINE.fullmatch(line)
-            if not match or not self.outstanding:
-                total.wrong_bytes += len(line)
-                return _out_of_step(total, f"no answer to an increment: {_shown(line)}")
-            self._line = self._line[end:]
-            self.outstanding -= 1
-            verdict = self.counter.replied(int(match[1]))
-            total.completed += 1
-            total.lost_writes += verdict.lost_writes
-            total.repeated_writes += verdict.repeated_writes
-            total.fault = total.fault or verdict.fault
-        return total
-
-    def broken(self) -> None:
-        self.counter.unknown += self.outstanding
-        self.outstanding = 0
-        self._line = b""
-
-
 class VolatileCheck:
     """GETs of ``/random`` or ``/time``: header block exact, body of the right form, and never an old answer again.
 
@@ -245,7 +169,7 @@ class VolatileCheck:
             head = self._reply[: len(self._header)]
             if not self.outstanding or not self._header.startswith(head):
                 verdict.wrong_bytes += len(self._reply)
-                return _out_of_step(verdict, f"no answer to GET /{self._name}: {_shown(self._reply)}")
+                return out_of_step(verdict, f"no answer to GET /{self._name}: {shown(self._reply)}")
             if len(self._reply) < self._reply_bytes:
                 return verdict
             body = self._reply[len(self._header) : self._reply_bytes]
@@ -262,14 +186,14 @@ class VolatileCheck:
     def _body_fault(self, body: bytes) -> str:
         if self._name == "random":
             if not _RANDOM_BODY.fullmatch(body):
-                return f"no random number: {_shown(body)}"
+                return f"no random number: {shown(body)}"
             if body in self._seen:
-                return f"a random number came twice: {_shown(body)}"
+                return f"a random number came twice: {shown(body)}"
             self._seen.add(body)
             return ""
         match = _TIME_BODY.fullmatch(body)
         if not match:
-            return f"no time: {_shown(body)}"
+            return f"no time: {shown(body)}"
         before, self.guest_time_ns = self.guest_time_ns, int(match[1] + match[2])
         if self.guest_time_ns <= before:
             return f"guest time went from {before} ns to {self.guest_time_ns} ns"
@@ -301,7 +225,7 @@ class DatagramCheck:
             return Verdict(completed=1)
         if datagram in self._sent:
             return Verdict()
-        return Verdict(wrong_bytes=len(datagram), fault=f"a datagram that was never sent: {_shown(datagram)}")
+        return Verdict(wrong_bytes=len(datagram), fault=f"a datagram that was never sent: {shown(datagram)}")
 
     def broken(self) -> None:
         """The datagram is taken for lost; it may still come."""
@@ -309,12 +233,14 @@ class DatagramCheck:
         self._last = b""
 
 
-def _out_of_step(verdict: Verdict, fault: str) -> Verdict:
+def out_of_step(verdict: Verdict, fault: str) -> Verdict:
+    """Marks ``verdict`` with ``fault``, after which no byte of the connection can be judged."""
     verdict.fault = verdict.fault or fault
     verdict.out_of_step = True
     return verdict
 
 
-def _shown(data: bytes | memoryview) -> str:
+def shown(data: bytes | memoryview) -> str:
+    """The first bytes, as they go into a message."""
     more = "..." if len(data) > _SHOWN_BYTES else ""
     return f"{bytes(data[:_SHOWN_BYTES])!r}{more}"

@@ -18,7 +18,17 @@ _COUNTS = (
     "requests", "errors", "wrong_bytes", "resets", "lost_writes", "repeated_writes", "unknown_writes",
     "lost_datagrams", "connections",
 )  # fmt: skip
-_COLUMNS = ("requests", "rate", "p50_ms", "p99_ms", "max_ms", "longest_gap_ms", "errors", "resets", "wrong_bytes")
+_COLUMNS = (
+    "requests",
+    "rate",
+    "p50_ms",
+    "p99_ms",
+    "max_ms",
+    "longest_gap_ms",
+    "errors",
+    "resets",
+    "wrong_bytes",
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -163,7 +173,9 @@ class Recorder:
         seconds = now_s - self._begun_s
         each = [stats.figures(seconds) for stats in self.services.values()]
         totals: dict[str, object] = {name: sum(int(str(one[name])) for one in each) for name in _COUNTS}
-        totals["rate"] = round(sum(stats.requests for stats in self.services.values()) / max(seconds, 1e-9), 2)
+        totals["rate"] = round(
+            sum(stats.requests for stats in self.services.values()) / max(seconds, 1e-9), 2
+        )
         return totals
 
     def _gap(self, service: str, gap: Gap) -> None:
@@ -179,7 +191,11 @@ def clean(result: dict[str, object]) -> bool:
     A load that completed no request is not clean: it has checked nothing.
     """
     faults = ("errors", "wrong_bytes", "resets", "lost_writes", "repeated_writes")
-    return result["redis_verified"] is not False and bool(result["requests"]) and not any(result[f] for f in faults)
+    return (
+        result["redis_verified"] is not False
+        and bool(result["requests"])
+        and not any(result[f] for f in faults)
+    )
 
 
 def table(result: dict[str, object]) -> str:

@@ -8,7 +8,7 @@ import re
 import time
 
 from remus_colo.errors import ProtocolError
-from remus_colo.testbed.load_check import Counter
+from remus_colo.testbed.load_counter import Counter
 from remus_colo.testbed.load_report import Recorder
 
 _BULK_HEADER = re.compile(rb"\$(-1|[0-9]{1,9})\r\n")

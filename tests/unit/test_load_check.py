@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from remus_colo.testbed import load_content
 from remus_colo.testbed.load_check import (
     Check,
-    Counter,
     DatagramCheck,
     EchoCheck,
     HttpCheck,
-    IncrementCheck,
     Verdict,
     VolatileCheck,
 )
+from remus_colo.testbed.load_counter import Counter, IncrementCheck
 
 # A busy machine is no counter-example.
 settings.register_profile("untimed", deadline=None)
@@ -201,8 +200,12 @@ def test_increments_by_one_are_right(count: int, cuts: list[int]) -> None:
     assert feed_split(check, replies, cuts) == Verdict(completed=count)
 
 
-@pytest.mark.parametrize(("value", "lost", "repeated"), [(7, 4, 0), (10, 1, 0), (11, 0, 0), (12, 0, 1), (15, 0, 4)])
-def test_a_value_that_is_not_the_next_is_lost_or_repeated_writes(value: int, lost: int, repeated: int) -> None:
+@pytest.mark.parametrize(
+    ("value", "lost", "repeated"), [(7, 4, 0), (10, 1, 0), (11, 0, 0), (12, 0, 1), (15, 0, 4)]
+)
+def test_a_value_that_is_not_the_next_is_lost_or_repeated_writes(
+    value: int, lost: int, repeated: int
+) -> None:
     counter = Counter("k")
     counter.acknowledged = 10
     check = IncrementCheck(counter)

@@ -58,7 +58,9 @@ class Guest:
                 connection.cancel()
             await asyncio.gather(*self._connections, return_exceptions=True)
 
-    async def _serve(self, handler: Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, handler: Handler, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         task = asyncio.current_task()
         assert task
         self._connections.add(task)
@@ -231,7 +233,9 @@ def test_keys_that_cannot_be_read_back_are_no_success(answer: bytes | None) -> N
 
 
 def test_churn_alone_is_read_back_too() -> None:
-    result = run(Guest(get=lambda right, number: b"$-1\r\n"), "--redis=0", "--http=0", "--echo=0", "--churn=30")
+    result = run(
+        Guest(get=lambda right, number: b"$-1\r\n"), "--redis=0", "--http=0", "--echo=0", "--churn=30"
+    )
     assert result["lost_writes"] > 0
 
 
@@ -289,7 +293,12 @@ def test_a_bug_in_the_load_itself_never_looks_like_success(monkeypatch: pytest.M
 def test_a_signal_ends_the_load_with_its_result(number: signal.Signals) -> None:
     async def scenario() -> tuple[list[bytes], int]:
         async with Guest().serving() as guest:
-            command = [sys.executable, "-m", "remus_colo.testbed.load", *words(guest, "--seconds=600", "--progress")]
+            command = [
+                sys.executable,
+                "-m",
+                "remus_colo.testbed.load",
+                *words(guest, "--seconds=600", "--progress"),
+            ]
             process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
             assert process.stdout
             async with asyncio.timeout(60):
