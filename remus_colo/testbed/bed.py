@@ -83,7 +83,7 @@ class Bed:
             try:
                 self._prepare(options)
                 self.network.create()
-                log.info("starting the hosts primary and backup (about 1 minute under emulation)")
+                log.info("starting the hosts primary and backup (15 to 30 seconds under emulation)")
                 for name in HOSTS:
                     self._start(name, options)
                 self._power_on(options.skew_s)
@@ -132,12 +132,16 @@ class Bed:
         """Install the work tree's code, as it is now, in the hosts that run."""
         self._need_up()
         code = worktree.archive()
-        for name, host in self.hosts.items():
-            if host.state() == "ready":
+
+        def install(name: str) -> None:
+            state = self.hosts[name].state()
+            if state == "ready":
                 worktree.install(self.remote(name), code)
                 log.info("%s has the work tree's code", name)
             else:
-                log.info("%s is %s: left as it is", name, host.state())
+                log.info("%s is %s: left as it is", name, state)
+
+        _each_host(install)
 
     def kill(self, host: str) -> None:
         """Power loss: the host's QEMU is killed, without warning.

@@ -18,7 +18,10 @@ from remus_colo.testbed import bed_logs, bed_status
 from remus_colo.testbed.bed import DEFAULT_DOM0_MB, DEFAULT_MEMORY_MB, Bed, Options, bed_names
 from remus_colo.testbed.network import HOSTS
 
-HOST = {"metavar": "HOST", "choices": tuple(HOSTS), "help": "primary or backup"}
+
+def _add_host(command: argparse.ArgumentParser) -> None:
+    command.add_argument("host", metavar="HOST", choices=tuple(HOSTS), help="primary or backup")
+
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
     add("skew", "measure backup's Xen time minus primary's, in seconds")
     add("sync", "install the work tree's code in the running hosts again")
     run = add("exec", "run a shell command line in a host's dom0")
-    run.add_argument("host", **HOST)
+    _add_host(run)
     run.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD")
     push = add("push", "copy a file or directory into a host's dom0")
-    push.add_argument("host", **HOST)
+    _add_host(push)
     push.add_argument("source", type=Path, metavar="SRC")
     push.add_argument("target", metavar="DST")
     add("client", "run a command in the client's network namespace").add_argument(
@@ -64,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         ("pause", "freeze a host (SIGSTOP)"),
         ("resume", "let a frozen host go on (SIGCONT)"),
     ):
-        add(name, text).add_argument("host", **HOST)
+        _add_host(add(name, text))
     add("link", "cut or restore the replication link").add_argument("position", choices=("up", "down"))
     console = add("console", "print a console: a host's serial line, or a guest's")
     console.add_argument("target", metavar="HOST[/DOMAIN]")

@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from remus_colo.testbed import cache, guest_image
+from remus_colo.testbed import cache
 from remus_colo.testbed.commands import run
 
 log = logging.getLogger(__name__)
@@ -17,6 +17,9 @@ SPARE_BYTES = 64 << 20
 
 def domu_disk() -> Path:
     """A file system with the guest's files, built when absent."""
+    # Only here: a running bed is controlled without the guest's builder.
+    from remus_colo.testbed import guest_image
+
     guest = guest_image.build(cache.cache_dir())
     files = {path.name: cache.file_hash(path) for path in sorted(guest.iterdir()) if path.suffix != ".json"}
 

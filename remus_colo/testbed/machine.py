@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from remus_colo.testbed import cache, guest_debian
+from remus_colo.testbed import cache
 from remus_colo.testbed.commands import run
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.qemu import QEMU
@@ -152,6 +152,8 @@ def _enable_backports(codename: str) -> None:
     shown = run(["apt-get", "indextargets", "--format", "$(SUITE) $(CODENAME)"], timeout_s=60).stdout
     if f"{codename}-backports" in shown.split():
         return
+    from remus_colo.testbed import guest_debian
+
     _need_root()
     log.info("adding %s-backports to apt's sources (%s)", codename, BACKPORTS_FILE)
     BACKPORTS_FILE.write_text(
@@ -175,7 +177,7 @@ def _apt_install(packages: list[str], options: list[str] | None = None) -> None:
                  ["apt-get", "-q", "-y", "--no-install-recommends", *(options or []), "install", *packages]):  # fmt: skip
         try:
             done = subprocess.run(argv, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                  errors="replace", timeout=1800)  # fmt: skip
+                                  errors="replace", timeout=1800, check=False)  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as cause:
             raise BedError(f"{' '.join(argv[:3])} did not work: {cause}") from cause
         if done.returncode != 0:

@@ -38,6 +38,10 @@ def qmp_argument(directory: Path) -> str:
     return f"unix:{directory}/qmp.sock,server=on,wait=off"
 
 
+def serial_argument(directory: Path) -> str:
+    return f"socket,id=serial,path={directory}/serial.sock,server=on,wait=off,logfile={directory}/serial.log"
+
+
 @dataclass(frozen=True, slots=True)
 class HostSpec:
     """What a host is booted from.  Paths are absolute; ``key`` is the base64 part of an ed25519 public key.
@@ -60,14 +64,14 @@ class HostSpec:
     def argv(self, directory: Path, taps: dict[str, int]) -> list[str]:
         """QEMU's command line; it starts stopped (``-S``), and ``cont`` powers the host on."""
         net = self.net
+        host = net.host if net else "probe"
         identity = f"testbed.host={net.host} testbed.n={net.number}" if net else "testbed.host=probe testbed.probe=1"
         dom0 = DOM0_ARGS.format(identity=identity, key=self.key).replace(",", ",,")
         accel = {"tcg": "tcg,thread=multi", "kvm": "kvm"}[self.accel]
-        argv = [QEMU, "-name", f"testbed-{self.bed}-{net.host if net else 'probe'}", "-machine", "q35",
+        argv = [QEMU, "-name", f"testbed-{self.bed}-{host}", "-machine", "q35",
                 "-cpu", "host" if self.accel == "kvm" else "qemu64,+svm,+npt", "-accel", accel,
                 "-smp", "1", "-m", str(self.memory_mb), "-nodefaults", "-display", "none", "-no-reboot", "-S",
-                "-chardev", f"socket,id=serial,path={directory}/serial.sock,server=on,wait=off,"
-                            f"logfile={directory}/serial.log",
+                "-chardev", serial_argument(directory),
                 "-serial", "chardev:serial",
                 "-qmp", qmp_argument(directory),
                 "-kernel", self.xen, "-append", XEN_ARGS.format(dom0_mb=self.dom0_mb),
@@ -77,7 +81,7 @@ class HostSpec:
             argv += ["-drive", f"file={self.domu_disk},if=virtio,format=raw,snapshot=on"]
         argv += ["-device", "virtio-rng-pci"]
         for role in NIC_ROLES if net else ():
-            address = mac(self.bed, net.host, role)
+            address = mac(self.bed, host, role)
             mtu = f",host_mtu={REPL_MTU}" if role == "repl" else ""
             argv += ["-netdev", f"tap,id={role},fd={taps[role]},vhost=off",
                      "-device", f"virtio-net-pci,netdev={role},mac={address},romfile={mtu}"]  # fmt: skip

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from remus_colo.testbed.errors import BedError, BedTimeout
 
@@ -33,7 +33,7 @@ class Qmp:
             self._socket.close()
             raise
 
-    def __enter__(self) -> Qmp:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -89,4 +89,5 @@ class Qmp:
                 raise BedError(f"QEMU closed {self._path}")
             self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from typing import Any
+from typing import Any, Self
 
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.ssh import Remote
@@ -33,9 +33,11 @@ class RemoteProcess:
             self._local.kill()
             self._local.wait()
             raise BedError(f"cannot start '{command[:200]}' on {remote.host}: the connection broke") from cause
-        self.stdin, self.stdout, self.stderr = self._local.stdin, self._local.stdout, self._local.stderr
+        self.stdin: Any = self._local.stdin
+        self.stdout: Any = self._local.stdout
+        self.stderr: Any = self._local.stderr
 
-    def __enter__(self) -> RemoteProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.remote_process import RemoteProcess
@@ -87,7 +88,7 @@ class SkewMeter:
             self.close()
             raise
 
-    def __enter__(self) -> SkewMeter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

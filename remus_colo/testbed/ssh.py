@@ -69,8 +69,9 @@ class Remote:
             with log.open("wb") as output:
                 try:
                     status = subprocess.run(
-                        argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=CONNECT_TIMEOUT_S + 30
-                    ).returncode
+                        argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                        timeout=CONNECT_TIMEOUT_S + 30, check=False,
+                    ).returncode  # fmt: skip
                 except subprocess.TimeoutExpired as cause:
                     raise BedTimeout(f"cannot log in to {self.host}: no answer") from cause
             if status != 0:
@@ -106,9 +107,9 @@ class Remote:
         :raise BedTimeout: it did not end in time.  It may still be running there.
         """
         argv = self.argv(command)
-        source = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
         try:
-            done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout_s, **source)  # type: ignore[call-overload]
+            # Empty input closes the command's stdin at once, as /dev/null would.
+            done = subprocess.run(argv, input=stdin or b"", capture_output=True, timeout=timeout_s, check=False)
         except subprocess.TimeoutExpired as cause:
             raise BedTimeout(f"'{command[:300]}' on {self.host} did not end within {timeout_s:g} s") from cause
         stdout, stderr = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The command line: what it accepts, and how it ends when there is nothing to work on."""
+
+import os
+import signal
+
+import pytest
+
+from remus_colo.errors import ExitStatus
+from remus_colo.testbed import cli
+from remus_colo.testbed.bed import Bed, bed_names
+from remus_colo.testbed.errors import BedError
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """main() sets handlers: put them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(tmp_path):
+    def call(*words):
+        return cli.main(["--bed", f"unit-{os.getpid()}", "--state", str(tmp_path), *words])
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("exec", "primary", "--", "true"), ("push", "backup", "/etc/hostname", "/tmp/x"), ("link", "down"),
+        ("client", "--", "true"), ("sync",), ("skew",), ("boot", "primary"), ("kill", "primary"),
+        ("pause", "backup"), ("resume", "backup"), ("console", "nohost"),
+    ],
+)  # fmt: skip
+def test_without_a_bed_each_command_says_so(run, capsys, words):
+    assert run(*words) == ExitStatus.HOST
+    said = capsys.readouterr().err
+    assert said.startswith("testbed: ")
+    assert len(said.splitlines()) == 1
+
+
+def test_status_of_a_bed_that_is_not_up(run, capsys):
+    assert run("status") == 1
+    assert "not up" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("exec", "third", "--", "true"), ("link", "sideways"), (), ("up", "--skew", "x")])
+def test_wrong_usage_is_refused(run, words):
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == ExitStatus.USAGE
+
+
+def test_words_after_the_dashes_are_the_command():
+    args = cli.parser().parse_args(["exec", "primary", "--", "ls", "-l", "--", "x"])
+    assert cli._words(args.words) == ["ls", "-l", "--", "x"]
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "a/b", "..", "x" * 32, "-x"])
+def test_names_that_cannot_be_in_a_namespace_or_path_are_refused(name, tmp_path):
+    with pytest.raises(BedError, match="no name for a bed"):
+        Bed(name, tmp_path)
+
+
+def test_beds_are_listed_by_their_state(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one.lock").write_text("")
+    assert bed_names(tmp_path) == ["one"]
+    assert bed_names(tmp_path / "none") == []
