@@ -24,7 +24,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from remus_colo.adapters import tc
-from remus_colo.adapters.rtnl import reporting
+from remus_colo.adapters.rtnl import Requests, reporting
 from remus_colo.adapters.tc import Plug, PlugStats
 from remus_colo.errors import HostError, NetworkError
 
@@ -55,7 +55,12 @@ class Links:
     def __init__(self) -> None:
         """:raise HostError: no netlink socket is to be had."""
         try:
-            self._ipr: Any = IPRoute()
+            self._requests = Requests()
+            try:
+                self._ipr: Any = IPRoute()
+            except BaseException:
+                self._requests.close()
+                raise
         except OSError as exc:
             raise HostError(f"cannot open a netlink socket: {exc.strerror or exc}") from exc
         self._closed = False
@@ -70,12 +75,18 @@ class Links:
         """Close the socket.  Links made through it stay."""
         if not self._closed:
             self._closed = True
+            self._requests.close()
             self._ipr.close()
 
     @property
     def ipr(self) -> Any:
         """The pyroute2 object, for the other adapters on the same socket; not for callers outside."""
         return self._ipr
+
+    @property
+    def requests(self) -> Requests:
+        """As :attr:`ipr`."""
+        return self._requests
 
     # --- making and deleting ---
 

@@ -34,6 +34,7 @@ from typing import Any
 import netfilterqueue
 
 from remus_colo.adapters import kmod
+from remus_colo.adapters.rtnl import attribute
 from remus_colo.errors import HostError, NetworkError, StateError
 
 log = logging.getLogger(__name__)
@@ -295,9 +296,9 @@ class _Receiver:
         :raise NetworkError: refused, or not answered.
         """
         body = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(queue_num))
-        body += _attribute(_NFQA_CFG_PARAMS, struct.pack(">IB", _MAX_PAYLOAD_BYTES, _NFQNL_COPY_PACKET))
-        body += _attribute(_NFQA_CFG_FLAGS, struct.pack(">I", _NFQA_CFG_F_GSO))
-        body += _attribute(_NFQA_CFG_MASK, struct.pack(">I", _NFQA_CFG_F_GSO))
+        body += attribute(_NFQA_CFG_PARAMS, struct.pack(">IB", _MAX_PAYLOAD_BYTES, _NFQNL_COPY_PACKET))
+        body += attribute(_NFQA_CFG_FLAGS, struct.pack(">I", _NFQA_CFG_F_GSO))
+        body += attribute(_NFQA_CFG_MASK, struct.pack(">I", _NFQA_CFG_F_GSO))
         header = _NLMSG_HEADER.pack(
             _NLMSG_HEADER.size + len(body), _NFQNL_MSG_CONFIG, _NLM_F_REQUEST_ACK, _CONFIG_SEQUENCE, 0
         )
@@ -316,11 +317,6 @@ class _Receiver:
                 raise OSError(-negative_errno, os.strerror(-negative_errno))
         except OSError as exc:
             raise NetworkError(f"cannot set up packet queue {queue_num}: {exc.strerror}") from exc
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = 4 + len(value)
-    return struct.pack("=HH", length, kind) + value + bytes(-length % 4)
 
 
 def _ip_length(payload: bytes, ethertype: int) -> int:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the adapters over pyroute2 share: the translation of its errors."""
+"""What the adapters over rtnetlink share: the translation of pyroute2's errors, and a short way past it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import socket
+import struct
 from collections.abc import Iterator
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -44,6 +47,52 @@ def tolerating(*errnos: int) -> Iterator[None]:
     except NetlinkError as exc:
         if exc.code not in errnos:
             raise
+
+
+class Requests:
+    """Sends requests that are encoded already.
+
+    pyroute2 takes 0.3 ms to encode a request and 5 ms under emulation; this takes a hundredth.  For what happens while the
+    guest is paused.
+    """
+
+    _HEADER = struct.Struct("=IHHII")  # <linux/netlink.h>: length, type, flags, sequence number, port
+    _NLM_F_REQUEST_ACK = 0x01 | 0x04
+    _NLMSG_ERROR = 2
+
+    def __init__(self) -> None:
+        """:raise OSError: no socket is to be had."""
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+        self._socket.setblocking(False)
+        self._sequence = itertools.count(1)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, kind: int, body: bytes, *, flags: int = 0) -> None:
+        """Send one request, and see the kernel's acknowledgement.
+
+        :raise OSError: the kernel refused, with its errno.
+        """
+        sequence = next(self._sequence) & 0xFFFFFFFF
+        length = self._HEADER.size + len(body)
+        header = self._HEADER.pack(length, kind, flags | self._NLM_F_REQUEST_ACK, sequence, 0)
+        self._socket.send(header + body)
+        while True:
+            # The kernel answers within send(): EAGAIN would mean that it did not.
+            answer = self._socket.recv(65536)
+            _, answer_kind, _, answered, _ = self._HEADER.unpack_from(answer)
+            if answer_kind == self._NLMSG_ERROR and answered == sequence:
+                break
+        (negative_errno,) = struct.unpack_from("=i", answer, self._HEADER.size)
+        if negative_errno:
+            raise OSError(-negative_errno, os.strerror(-negative_errno))
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """A netlink attribute, padded."""
+    length = 4 + len(value)
+    return struct.pack("=HH", length, kind) + value + bytes(-length % 4)
 
 
 def _reason(exc: NetlinkError) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import errno
+import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from remus_colo.adapters.rtnl import reporting, tolerating
+from remus_colo.adapters.rtnl import attribute, reporting, tolerating
 from remus_colo.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 INGRESS = 0xFFFFFFF2  # clsact's two hooks, as the parent of a filter: TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_*)
 EGRESS = 0xFFFFFFF3
+_TC_H_ROOT = 0xFFFFFFFF
+_RTM_NEWQDISC, _TCA_KIND, _TCA_OPTIONS = 36, 1, 2  # <linux/rtnetlink.h>
 _ETH_P_ALL = 3  # <linux/if_ether.h>
 # Our filters are found again by their priority, also after a crash: "CO", unlikely to be anyone else's.
 _FILTER_PRIO = 0x434F
@@ -73,6 +78,14 @@ def _has_clsact(ipr: Any, index: int) -> bool:
         return any(q.get_attr("TCA_KIND") == "clsact" for q in ipr.get_qdiscs(index=index))
 
 
+class _Action(enum.IntEnum):
+    """TCQ_PLUG_*"""
+
+    BUFFER = 0
+    RELEASE_INDEFINITE = 2
+    LIMIT = 3
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlugStats:
     """``backlog_*``: what waits now; ``sent_packets`` and ``dropped_packets`` since installation."""
@@ -110,7 +123,7 @@ class Plug:
         root = self._root(index)
         kind = root.get_attr("TCA_KIND") if root else ""
         if kind == "plug":
-            self._change("TCQ_PLUG_LIMIT", index)
+            self._change(_Action.LIMIT, index)
         elif root and root["handle"]:  # 0 for what the kernel put there by itself
             # The kernel would replace it without a word, NLM_F_EXCL or not.
             raise NetworkError(
@@ -122,7 +135,7 @@ class Plug:
                 # On creation the kernel looks at the limit alone, and the new plug is closed (plug_init).
                 self._links.ipr.tc("add", "plug", index, action="TCQ_PLUG_LIMIT", limit=self._limit_bytes)
         try:
-            self._change("TCQ_PLUG_RELEASE_INDEFINITE", index)
+            self._change(_Action.RELEASE_INDEFINITE, index)
         except BaseException:
             with contextlib.suppress(NetworkError):
                 self._delete(index)
@@ -133,11 +146,11 @@ class Plug:
 
         :raise NetworkError: the plug is gone, with its link or otherwise (:meth:`release` likewise).
         """
-        self._change("TCQ_PLUG_BUFFER", self._known_index())
+        self._change(_Action.BUFFER, self._known_index())
 
     def release(self) -> None:
         """Let go of all that is kept, in order, and pass on from now on."""
-        self._change("TCQ_PLUG_RELEASE_INDEFINITE", self._known_index())
+        self._change(_Action.RELEASE_INDEFINITE, self._known_index())
 
     def remove(self, deadline_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         """Release, wait until all has left or the deadline, and take the plug away.
@@ -154,7 +167,7 @@ class Plug:
         if root is None or root.get_attr("TCA_KIND") != "plug":
             return
         with contextlib.suppress(NetworkError):  # the link may go at any moment, and the plug with it
-            self._change("TCQ_PLUG_RELEASE_INDEFINITE", index)
+            self._change(_Action.RELEASE_INDEFINITE, index)
             while self.stats().backlog_packets and clock() < deadline_s:
                 time.sleep(0.001)  # no event tells when a queue has drained
         self._delete(index)
@@ -178,10 +191,13 @@ class Plug:
             self._index = self._links.ifindex(self._ifname)
         return self._index
 
-    def _change(self, action: str, index: int) -> None:
-        """``action`` must be one of pyroute2's names: it takes any other for TCQ_PLUG_BUFFER."""
+    def _change(self, action: _Action, index: int) -> None:
+        options = struct.pack("=iI", action, self._limit_bytes)  # struct tc_plug_qopt
+        tcmsg = struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, 0, _TC_H_ROOT, 0)
+        attributes = attribute(_TCA_KIND, b"plug\0") + attribute(_TCA_OPTIONS, options)
+        # Without NLM_F_CREATE: an error, rather than a new and closed plug, where there is none.
         with reporting(f"change the plug of {self._ifname}"):
-            self._links.ipr.tc("change", "plug", index, action=action, limit=self._limit_bytes)
+            self._links.requests.send(_RTM_NEWQDISC, tcmsg + attributes)
 
     def _delete(self, index: int) -> None:
         gone = tolerating(errno.ENODEV, errno.ENOENT, errno.EINVAL)
@@ -191,6 +207,6 @@ class Plug:
     def _root(self, index: int) -> Any:
         with reporting(f"look at the queueing discipline of {self._ifname}"):
             for qdisc in self._links.ipr.get_qdiscs(index=index):
-                if qdisc["parent"] == 0xFFFFFFFF:  # TC_H_ROOT
+                if qdisc["parent"] == _TC_H_ROOT:
                     return qdisc
         return None

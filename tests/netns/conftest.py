@@ -37,14 +37,16 @@ CLONE_NEWNET = 0x40000000
 CLIENT_IP, GUEST_IP = "10.77.0.1", "10.77.0.2"
 VIF = "vif7.0"
 DEADLINE_S = 20.0  # far beyond what anything here takes, also under emulation
+_OWN_NAMESPACE = "/proc/thread-self/ns/net"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def setns(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def setns(namespace: str | int) -> None:
+    """Enter a namespace, given by path or by descriptor."""
+    fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC) if isinstance(namespace, str) else os.dup(namespace)
     try:
         if _libc.setns(fd, CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"setns to {path}")
+            raise OSError(ctypes.get_errno(), f"setns to {namespace}")
     finally:
         os.close(fd)
 
@@ -69,23 +71,27 @@ class Network:
 
     def __init__(self) -> None:
         self.tag = f"remus{os.getpid()}"
-        self.names = {name: f"{self.tag}-{name}" for name in ("client", "host", "guest")}
+        self.names: dict[str, str] = {}
         self._sockets: list[socket.socket] = []
-        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._home = os.open(_OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
 
     def up(self) -> None:
-        for name in self.names.values():
-            run("ip", "netns", "add", name)
-            setns(f"/run/netns/{name}")
-            set_ipv6(enabled=False)  # nobody shall speak but the tests
+        for name in ("client", "guest", "host"):
+            self.add_namespace(name)
         setns(self.path("host"))
-        run("ip", "link", "set", "lo", "up")
         run("ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
         run("ip", "link", "set", "br0", "up")
         self.add_port("lan0", "client", "c0", CLIENT_IP, "02:00:00:00:00:01")
         self.add_port(VIF, "guest", "eth0", GUEST_IP, "02:00:00:00:00:02")
         self.neighbour("client", "c0", GUEST_IP, "02:00:00:00:00:02")
         self.neighbour("guest", "eth0", CLIENT_IP, "02:00:00:00:00:01")
+
+    def add_namespace(self, name: str) -> None:
+        self.names[name] = f"{self.tag}-{name}"
+        run("ip", "netns", "add", self.names[name])
+        with self.inside(name):
+            run("ip", "link", "set", "lo", "up")
+            set_ipv6(enabled=False)  # nobody shall speak but the tests
 
     def add_port(
         self, port: str, name: str, ifname: str, address: str, mac: str, *, bridge: str = "br0"
@@ -108,15 +114,21 @@ class Network:
 
     @contextlib.contextmanager
     def inside(self, name: str) -> Iterator[None]:
+        before = os.open(_OWN_NAMESPACE, os.O_RDONLY | os.O_CLOEXEC)
         setns(self.path(name))
         try:
             yield
         finally:
-            setns(self.path("host"))
+            setns(before)
+            os.close(before)
 
     def socket(self, name: str, kind: int = socket.SOCK_DGRAM, family: int = socket.AF_INET) -> socket.socket:
         with self.inside(name):
             made = socket.socket(family, kind)
+        return self.adopt(made)
+
+    def adopt(self, made: socket.socket) -> socket.socket:
+        """Never blocking, and closed in the end."""
         made.setblocking(False)
         self._sockets.append(made)
         return made
@@ -133,8 +145,7 @@ class Network:
     def down(self) -> None:
         for made in self._sockets:
             made.close()
-        if _libc.setns(self._home, CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns back")
+        setns(self._home)
         os.close(self._home)
         for name in self.names.values():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import (
@@ -25,7 +26,7 @@ from conftest import (
 
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules, owners
-from remus_colo.adapters.packetqueue import ETHERTYPE_IPV4, PacketQueue
+from remus_colo.adapters.packetqueue import ETHERTYPE_IPV4, ETHERTYPE_IPV6, PacketQueue
 from remus_colo.errors import NetworkError, StateError
 
 PORT = 7007
@@ -119,6 +120,32 @@ def test_packets_to_the_host_itself_are_held(
     assert pending(host) == []
     held.queue.accept(packet)
     assert receive(host, 1) == [b"to dom0"]
+
+
+def test_ipv6(held: Held, net: Network) -> None:
+    sockets = {}
+    for name, ifname, address in (("client", "c0", "fd77::1"), ("guest", "eth0", "fd77::2")):
+        with net.inside(name):
+            with open(f"/proc/sys/net/ipv6/conf/{ifname}/disable_ipv6", "w") as setting:
+                setting.write("0")
+            run("ip", "addr", "add", f"{address}/64", "dev", ifname, "nodad")
+        sockets[name] = net.socket(name, family=socket.AF_INET6)
+        sockets[name].bind((address, PORT))
+    net.neighbour("guest", "eth0", "fd77::1", "02:00:00:00:00:01")
+    sockets["guest"].sendto(b"six", ("fd77::1", PORT))
+    wait_until(lambda: held.queue.process() + len(held.packets) and ours(held), "the datagram")
+    assert pending(sockets["client"]) == []
+    assert ETHERTYPE_IPV6 in held.ethertypes
+    held.queue.accept(ours(held)[0])
+    assert receive(sockets["client"], 1) == [b"six"]
+    assert held.queue.counters().truncated == 0
+
+
+def ours(held: Held) -> list[int]:
+    """Ids of UDP over IPv6, leaving aside what the guest's IPv6 says by itself."""
+    return [
+        i for i, packet in held.packets.items() if packet[0] >> 4 == 6 and packet[6] == socket.IPPROTO_UDP
+    ]
 
 
 def test_accept_all_keeps_the_order(held: Held, client: socket.socket, guest: socket.socket) -> None:
@@ -436,8 +463,8 @@ def test_bulk_tcp(net: Network, rules: QueueRules, modify: bool) -> None:
     queue.close()
 
 
-def transfer(net: Network, text: bytes, pump: object) -> bytes:
-    """Send ``text`` from the guest to the client over TCP; what came."""
+def transfer(net: Network, text: bytes, pump: Callable[[], object], *, sender: str = "guest") -> bytes:
+    """Send ``text`` over TCP, on a connection that the client opens to the guest; what came."""
     server, client = net.socket("guest", socket.SOCK_STREAM), net.socket("client", socket.SOCK_STREAM)
     server.bind((GUEST_IP, 80))
     server.listen()
@@ -447,25 +474,15 @@ def transfer(net: Network, text: bytes, pump: object) -> bytes:
     def step() -> bool:
         nonlocal sent, peer
         pump()
-        try:
+        with contextlib.suppress(BlockingIOError):
             if peer is None:
-                peer = server.accept()[0]
-                peer.setblocking(False)
-                net._sockets.append(peer)
+                peer = net.adopt(server.accept()[0])
             if sent < len(text):
-                sent += peer.send(text[sent : sent + 200000])
-        except BlockingIOError:
-            pass
-        for part in pending_stream(client):
-            got.extend(part)
+                sent += (peer if sender == "guest" else client).send(text[sent : sent + 200000])
+        if peer is not None:
+            with contextlib.suppress(BlockingIOError):
+                got.extend((client if sender == "guest" else peer).recv(1 << 20))
         return len(got) >= len(text)
 
     wait_until(step, "the transfer's end")
     return bytes(got)
-
-
-def pending_stream(sock: socket.socket) -> list[bytes]:
-    try:
-        return [sock.recv(1 << 20)]
-    except BlockingIOError:
-        return []
