@@ -133,7 +133,7 @@ SCHEMAS: Mapping[MessageType, Schema] = {
     MessageType.ACK: _control(),
     MessageType.RESUMED: _control(),
     MessageType.ABORT: _control(reason=TEXT),
-    MessageType.HEARTBEAT: _control(sequence=NATURAL, sent_ns=INTEGER, state=TEXT),
+    MessageType.HEARTBEAT: _control(sequence=NATURAL, seen=NATURAL, sent_ns=INTEGER, state=TEXT),
     MessageType.TAKEOVER: _control(),
     MessageType.STOP: _control(reason=TEXT),
     MessageType.BYE: _control(),

@@ -28,7 +28,7 @@ EXAMPLES: dict[MessageType, dict[str, Any]] = {
     MessageType.ACK: {},
     MessageType.RESUMED: {},
     MessageType.ABORT: {"reason": "the PVM is gone"},
-    MessageType.HEARTBEAT: {"sequence": 1, "sent_ns": 2, "state": "protected"},
+    MessageType.HEARTBEAT: {"sequence": 1, "seen": 0, "sent_ns": 2, "state": "protected"},
     MessageType.TAKEOVER: {},
     MessageType.STOP: {"reason": "asked to stop"},
     MessageType.BYE: {},

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""When to send a heartbeat, whether the peer is silent, and whether it may think that we are.
+
+Pure: time is an argument, in seconds of a clock that never goes back (``time.monotonic()``).
+"""
+
+from __future__ import annotations
+
+from remus_colo.errors import ConfigError
+
+
+def _positive(name: str, value_s: float) -> float:
+    if not value_s > 0:
+        raise ConfigError(f"{name} must be more than 0 s, got {value_s}")
+    return value_s
+
+
+class PeerMonitor:
+    """Whether the peer has been silent for too long.
+
+    Anything that arrives is a beat, not only HEARTBEAT: a channel full of pages must not look dead.
+
+    NB: after we were frozen ourselves, the peer's beats lie unread in the socket.  Read it empty, then ask
+    :meth:`expired`; never the other way round.
+
+    :param timeout_s: silence for longer than this means that the peer is lost.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = _positive("the heartbeat time-out", timeout_s)
+        self._last_s: float | None = None
+
+    def beat(self, now_s: float) -> None:
+        """The peer was heard. An earlier time than that of the last beat changes nothing."""
+        if self._last_s is None or now_s > self._last_s:
+            self._last_s = now_s
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the peer will be lost unless it is heard; None before its first beat."""
+        return None if self._last_s is None else self._last_s + self.timeout_s
+
+    def silence_s(self, now_s: float) -> float:
+        """How long the peer has been silent; 0 before its first beat."""
+        return 0.0 if self._last_s is None else max(0.0, now_s - self._last_s)
+
+    def expired(self, now_s: float) -> bool:
+        return self.deadline_s is not None and now_s > self.deadline_s
+
+
+class Pacer:
+    """When the next heartbeat is due. Beats missed while we did not run are not made up for."""
+
+    def __init__(self, interval_s: float) -> None:
+        self.interval_s = _positive("the heartbeat interval", interval_s)
+        self._next_s: float | None = None
+
+    def due(self, now_s: float) -> bool:
+        """True once per interval; at once when asked for the first time."""
+        if self._next_s is not None and now_s < self._next_s:
+            return False
+        self._next_s = now_s + self.interval_s
+        return True
+
+    @property
+    def next_s(self) -> float | None:
+        return self._next_s
+
+
+class SelfMonitor:
+    """Whether the backup may rightly hold *us* for dead, because we did not run.
+
+    The primary asks this when it has lost the backup: if its own heartbeats went out on time, no truthful
+    arbiter can have given the guest to the backup, and the PVM may go on alone.  If not (the host was
+    frozen, the process starved), the backup may be active by now, and releasing output would show clients
+    a second history.
+
+    A doubt ends when the backup says that it has seen a heartbeat sent after the gap, and that it has not
+    begun to arbitrate.
+
+    :param limit_s: the longest gap between two of our heartbeats that the backup surely bears with:
+        its time-out less what a heartbeat can be late.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = _positive("the longest gap between heartbeats", limit_s)
+        self._last_s: float | None = None
+        self._unseen_from: int | None = None
+
+    def sent(self, sequence: int, now_s: float) -> None:
+        """Heartbeat ``sequence`` has gone out."""
+        if self._late(now_s) and self._unseen_from is None:
+            self._unseen_from = sequence
+        self._last_s = now_s
+
+    def seen(self, sequence: int) -> None:
+        """The backup has seen our heartbeat ``sequence``.
+
+        To be called only for a HEARTBEAT of a backup that is in none of the states
+        :data:`~remus_colo.failover.backup.DECIDING`: one that has begun to decide no longer listens.
+        """
+        if self._unseen_from is not None and sequence >= self._unseen_from:
+            self._unseen_from = None
+
+    def in_doubt(self, now_s: float) -> bool:
+        return self._unseen_from is not None or self._late(now_s)
+
+    def _late(self, now_s: float) -> bool:
+        return self._last_s is not None and now_s - self._last_s > self.limit_s
