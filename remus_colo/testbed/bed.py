@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 STATE_ROOT = Path("/run/remus_colo-testbed")
 BOOT_TIMEOUT_S = 600.0
+PAUSE_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_MB = 3000
 DEFAULT_DOM0_MB = 1500
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
@@ -155,6 +156,7 @@ class Bed:
     def pause(self, host: str) -> None:
         """Freeze a host (SIGSTOP): it answers nothing, and keeps its state and, on the LAN, its carrier."""
         self._host(host).signal(signal.SIGSTOP)
+        self._host(host).wait_paused(PAUSE_TIMEOUT_S)
 
     def resume(self, host: str) -> None:
         """Let a frozen host go on.  Its clocks show the time that has passed."""
@@ -244,6 +246,8 @@ class Bed:
         (self.directory / "boot.json").write_text(json.dumps(spec))
 
     def _start(self, name: str, options: Options) -> None:
+        if self._host(name).alive():
+            raise BedError(f"{name} is running already")
         spec = json.loads((self.directory / "boot.json").read_text())
         self._host(name).start(HostSpec(bed=self.name, net=HOSTS[name], **spec), self.network.open_taps(name))
 

@@ -196,6 +196,16 @@ class Host:
             return "paused"
         return "ready" if READY_MARK in self.serial() else "booting"
 
+    def wait_paused(self, timeout_s: float) -> None:
+        """Wait until all of QEMU stands still: a signal takes effect a moment after it is sent."""
+        deadline_s = time.monotonic() + timeout_s
+        while self.state() != "paused":
+            if not self.alive():
+                raise BedError(f"{self.name} is not running")
+            if time.monotonic() > deadline_s:
+                raise BedTimeout(f"{self.name} did not stop within {timeout_s:g} s")
+            time.sleep(0.001)
+
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until dom0's toolstack is up.
 

@@ -57,16 +57,16 @@ class RemoteProcess:
     def communicate(self, input: Any = None, *, timeout_s: float) -> tuple[Any, Any]:
         return self._local.communicate(input, timeout=timeout_s)
 
-    def signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals, *, timeout_s: float = 30.0) -> None:
         """Send a signal to the program there; does nothing once it has ended."""
         if self.poll() is None:
-            self._remote.run(f"kill -{int(number)} {self.pid}", timeout_s=30, check=False)
+            self._remote.run(f"kill -{int(number)} {self.pid}", timeout_s=timeout_s, check=False)
 
     def kill(self, *, timeout_s: float = 30.0) -> None:
         """End it, if its host still answers, and end the local side in any case."""
         try:
             if self.poll() is None:
-                self.signal(signal.SIGKILL)
+                self.signal(signal.SIGKILL, timeout_s=timeout_s)
                 self.wait(timeout_s)
         except (BedError, subprocess.TimeoutExpired):
             self._local.kill()

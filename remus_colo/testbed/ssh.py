@@ -105,6 +105,7 @@ class Remote:
 
         :raise CommandFailed: it failed, and ``check`` is true.
         :raise BedTimeout: it did not end in time.  It may still be running there.
+        :raise BedError: the host went off meanwhile.
         """
         argv = self.argv(command)
         try:
@@ -113,6 +114,9 @@ class Remote:
         except subprocess.TimeoutExpired as cause:
             raise BedTimeout(f"'{command[:300]}' on {self.host} did not end within {timeout_s:g} s") from cause
         stdout, stderr = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+        # ssh's own failures end with 255 too, but then its connection is gone.
+        if done.returncode == 255 and self._control("check").returncode != 0:
+            raise BedError(f"the connection to {self.host} broke: '{command[:300]}' may have run or not")
         if check and done.returncode != 0:
             raise CommandFailed([self.host, command], done.returncode, stdout + stderr)
         return subprocess.CompletedProcess([self.host, command], done.returncode, stdout, stderr)
