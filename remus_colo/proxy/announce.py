@@ -44,7 +44,7 @@ _ARP = struct.Struct("!HHBBH6s4s6s4s")
 assert _ARP.size == 28
 
 # What hosts start with.  Another value was counted down by a router: by the guest itself, if it forwards.
-_INITIAL_TTLS = frozenset({1, 32, 64, 128, 255})
+_INITIAL_TTLS = frozenset({32, 64, 128, 255})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,8 @@ def ethernet(destination: bytes, source: bytes, ethertype: int, payload: bytes) 
 def gratuitous_arp(mac: bytes, address: IPv4Address, *, reply: bool = False) -> bytes:
     """An announcement of the guest's address.
 
-    The request form is RFC 5227's (2.3).  Some hosts update an entry only by a reply: section 3 says
-    why both forms exist.  In the reply, the target is the sender, too.
+    The request form is RFC 5227's (2.3), which every host understands (section 3).  The reply form is for those that
+    are configured to update an entry by replies only; its target is the sender, too.
     """
     operation, target_mac = (ARP_REPLY, mac) if reply else (ARP_REQUEST, ANY_MAC)
     arp = Arp(operation, mac, address, target_mac, address)
