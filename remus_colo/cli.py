@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The ``remus`` command: reads its command line, and hands over to the primary host's session."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from remus_colo import options as defaults
+from remus_colo._version import __version__
+from remus_colo.errors import ConfigError, ExitStatus, HostError, RemusError
+from remus_colo.options import CheckpointChoice, ColoOptions, Parser, milliseconds, split_command
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = """\
+Protects a running Xen domain against the loss of this host. With --colo a
+second copy of the guest runs on the destination, where remusd waits: output
+that both copies agree on leaves at once, and a checkpoint is made when they
+differ. If this host dies the copy takes over, with the guest's memory, its
+addresses and its connections. Ctrl-C or SIGTERM end protection; the guest goes
+on."""
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="remus",
+        usage="%(prog)s [options] domain [destination]",
+        description=DESCRIPTION,
+        epilog=f"{defaults.FENCE_HELP}\n\n{defaults.exit_status_text(*ExitStatus)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("domain", help="name or domid of the running domain to protect")
+    parser.add_argument(
+        "destination",
+        nargs="?",
+        default="localhost",
+        help="backup host; this host if not given, for trying things out",
+    )
+
+    classic = parser.add_argument_group("options of Remus")
+    classic.add_argument(
+        "-i",
+        "--interval",
+        metavar="MS",
+        type=milliseconds,
+        help=f"checkpoint every MS milliseconds (default {defaults.DEFAULT_INTERVAL_MS}; without --colo)",
+    )
+    classic.add_argument(
+        "-p",
+        "--port",
+        metavar="PORT",
+        type=int,
+        default=defaults.DEFAULT_PORT,
+        help="relocation port of the destination (default %(default)s)",
+    )
+    classic.add_argument("--blackhole", action="store_true", help="replicate to nowhere (not with --colo)")
+    classic.add_argument("--no-net", action="store_true", help="do not hold network output (not with --colo)")
+    classic.add_argument("--no-compression", action="store_true", help="do not compress checkpoints")
+    classic.add_argument(
+        "--timer",
+        action="store_true",
+        help="pause the guest by a timer at each interval (not used with --colo)",
+    )
+
+    colo = parser.add_argument_group("COLO")
+    colo.add_argument("--colo", action="store_true", help="compare the output of two running copies")
+    colo.add_argument(
+        "--checkpoint",
+        metavar="MODE",
+        choices=[str(choice) for choice in CheckpointChoice],
+        default=str(CheckpointChoice.AUTO),
+        help="transparent, cooperative or auto (default): what the difference of the hosts' clocks allows",
+    )
+    colo.add_argument(
+        "--compare-timeout",
+        metavar="MS",
+        type=milliseconds,
+        default=defaults.DEFAULT_COMPARE_TIMEOUT_MS,
+        help="checkpoint if a packet's counterpart has not come for MS milliseconds (default %(default)s)",
+    )
+    colo.add_argument(
+        "--period",
+        metavar="MS",
+        type=milliseconds,
+        default=defaults.DEFAULT_PERIOD_MS,
+        help="checkpoint every MS milliseconds even if nothing differs (default %(default)s; 0: never)",
+    )
+    colo.add_argument(
+        "--heartbeat-interval",
+        metavar="MS",
+        type=milliseconds,
+        default=defaults.DEFAULT_HEARTBEAT_INTERVAL_MS,
+        help="heartbeat every MS milliseconds (default %(default)s)",
+    )
+    colo.add_argument(
+        "--heartbeat-timeout",
+        metavar="MS",
+        type=milliseconds,
+        default=defaults.DEFAULT_HEARTBEAT_TIMEOUT_MS,
+        help="the other host is lost after MS milliseconds of silence (default %(default)s)",
+    )
+    colo.add_argument("--fence", metavar="CMD", help="ask CMD before the guest goes on alone; see below")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--log", metavar="FILE", type=Path, help="append every event to FILE, as JSON lines")
+    output.add_argument("--status-json", action="store_true", help="show the status as JSON lines")
+    output.add_argument(
+        "-v", "--verbose", action="store_true", help="say more, and show where errors come from"
+    )
+    output.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> ColoOptions:
+    """The options of a command line.
+
+    :raise ConfigError: they are wrong.
+    :raise SystemExit: --help or --version, which have been printed.
+    """
+    given = build_parser().parse_intermixed_args(argv)
+    if not given.colo:
+        raise ConfigError(
+            "Remus's classic mode is not in this release yet: give --colo to protect the domain with COLO"
+        )
+    for option, because in (
+        ("blackhole", "COLO compares with a copy that runs on the destination"),
+        ("no_net", "COLO is about the network output"),
+    ):
+        if getattr(given, option):
+            raise ConfigError(f"--{option.replace('_', '-')} cannot be used with --colo: {because}")
+    notes = []
+    if given.interval is not None:
+        notes.append("--interval is not used with --colo: see --period")
+    if given.timer:
+        notes.append("--timer is not used with --colo")
+    return ColoOptions(
+        domain=given.domain,
+        destination=given.destination,
+        port=given.port,
+        checkpoint=CheckpointChoice(given.checkpoint),
+        compare_timeout_s=given.compare_timeout / 1000,
+        period_s=given.period / 1000 or None,
+        heartbeat_interval_s=given.heartbeat_interval / 1000,
+        heartbeat_timeout_s=given.heartbeat_timeout / 1000,
+        compression=not given.no_compression,
+        fence=split_command("--fence", given.fence),
+        log=given.log,
+        status_json=given.status_json,
+        verbose=given.verbose,
+        notes=tuple(notes),
+    )
+
+
+def check_root(command: str) -> None:
+    """:raise HostError: we are not root."""
+    if os.geteuid() != 0:
+        raise HostError(f"{command} needs root, for Xen and for the network: run it with sudo")
+
+
+def load(module: str, needs: str) -> Any:
+    """A part of the package that only runs where Xen is.
+
+    :param needs: what to install if it is missing.
+    :raise HostError: a library is missing.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise HostError(f"cannot load {error.name or module}: {error}; {needs}") from error
+
+
+def run_command(
+    prog: str, argv: Sequence[str], body: Callable[[Sequence[str]], int], *, verbose: bool
+) -> int:
+    """Runs a command's body, and makes one sentence and an exit status of any error."""
+    try:
+        return int(body(argv))
+    except SystemExit as error:
+        # argparse's --help and --version
+        return error.code if isinstance(error.code, int) else int(ExitStatus.OK)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return int(ExitStatus.INTERRUPTED)
+    except RemusError as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return int(error.exit_status)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        hint = "" if verbose else "; run it again with --verbose and report this"
+        print(f"{prog}: error: this is a bug: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        return int(ExitStatus.FAILURE)
+
+
+def _body(argv: Sequence[str]) -> int:
+    options = parse(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.WARNING,
+        format="remus: %(message)s"
+        if not options.verbose
+        else "%(asctime)s %(name)s %(levelname)s %(message)s",
+    )
+    check_root("remus")
+    for note in options.notes:
+        print(f"remus: note: {note}", file=sys.stderr)
+    primary = load("remus_colo.primary", "install remus_colo with what it depends on")
+    return int(primary.run(options))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console command.
+
+    :return: the exit status.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_command("remus", arguments, _body, verbose="--verbose" in arguments or "-v" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the command lines of ``remus`` and ``remusd`` share, and the options that ``remus --colo`` runs with.
+
+A command line becomes one frozen dataclass, or a :class:`~remus_colo.errors.ConfigError` that says what to
+change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from remus_colo.errors import ConfigError, ExitStatus
+
+DEFAULT_PORT = 8002  # xend-relocation-port's default
+DEFAULT_INTERVAL_MS = 200
+DEFAULT_PERIOD_MS = 10_000
+DEFAULT_COMPARE_TIMEOUT_MS = 1_000
+DEFAULT_HEARTBEAT_INTERVAL_MS = 250
+DEFAULT_HEARTBEAT_TIMEOUT_MS = 2_000
+# Fewer, and one heartbeat that is late is taken for a dead host.
+HEARTBEATS_PER_TIMEOUT = 3
+
+EXIT_STATUS_HELP = {
+    ExitStatus.OK: "done: protection was ended as asked",
+    ExitStatus.FAILURE: "an error that has no status of its own",
+    ExitStatus.USAGE: "wrong options or configuration",
+    ExitStatus.HOST: "this host lacks something: privilege, Xen, a kernel module, a tool",
+    ExitStatus.DOMAIN: "the domain does not exist, or cannot be protected as it is",
+    ExitStatus.PEER_REFUSED: "the other host refused, and said why",
+    ExitStatus.PEER_UNREACHABLE: "the other host does not answer",
+    ExitStatus.PROTOCOL: "the other host broke the replication protocol",
+    ExitStatus.UNPROTECTED: "protection was lost: the guest goes on here, alone",
+    ExitStatus.FENCED: "the backup host has taken over: the guest here was stopped",
+    ExitStatus.INTERRUPTED: "interrupted before protection began",
+}
+
+
+class CheckpointChoice(enum.StrEnum):
+    TRANSPARENT = "transparent"
+    COOPERATIVE = "cooperative"
+    AUTO = "auto"  # decided by the difference of the hosts' Xen clocks
+
+
+@dataclass(frozen=True, slots=True)
+class ColoOptions:
+    """What ``remus --colo`` is to do. Times are in seconds.
+
+    :param domain: name or domid.
+    :param period_s: a checkpoint at least so often; None: only when outputs differ.
+    :param fence: the hook's command line, empty for none.
+    :param notes: what the user should be told about the options given.
+    """
+
+    domain: str
+    destination: str = "localhost"
+    port: int = DEFAULT_PORT
+    checkpoint: CheckpointChoice = CheckpointChoice.AUTO
+    compare_timeout_s: float = DEFAULT_COMPARE_TIMEOUT_MS / 1000
+    period_s: float | None = DEFAULT_PERIOD_MS / 1000
+    heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_MS / 1000
+    heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_MS / 1000
+    compression: bool = True
+    fence: tuple[str, ...] = ()
+    log: Path | None = None
+    status_json: bool = False
+    verbose: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_word("the domain", self.domain)
+        _check_word("the destination", self.destination)
+        check_port(self.port)
+        check_heartbeat(self.heartbeat_interval_s, self.heartbeat_timeout_s)
+        if not self.compare_timeout_s > 0:
+            raise ConfigError("--compare-timeout must be at least 1 ms")
+        if self.period_s is not None and not self.period_s > 0:
+            raise ConfigError("--period must be 0 (never) or more ms")
+
+
+def _check_word(what: str, word: str) -> None:
+    if not word or word.startswith("-") or any(char.isspace() or not char.isprintable() for char in word):
+        raise ConfigError(f"{what} {word!r} is no name")
+
+
+def check_port(port: int) -> None:
+    """:raise ConfigError: no TCP port to connect to."""
+    if not 0 < port < 65536:
+        raise ConfigError(f"port {port} does not exist: give one from 1 to 65535")
+
+
+def check_heartbeat(interval_s: float, timeout_s: float) -> None:
+    """:raise ConfigError: a heartbeat or two that are late would look like a dead host."""
+    if not interval_s > 0:
+        raise ConfigError("--heartbeat-interval must be at least 1 ms")
+    # whole ms, as on the command line: 0.3 < 3 * 0.1 in floating point
+    if round(timeout_s * 1000) < HEARTBEATS_PER_TIMEOUT * round(interval_s * 1000):
+        raise ConfigError(
+            f"--heartbeat-timeout must be at least {HEARTBEATS_PER_TIMEOUT} times --heartbeat-interval, "
+            f"got {timeout_s * 1000:.0f} ms and {interval_s * 1000:.0f} ms"
+        )
+
+
+def split_command(option: str, command: str | None) -> tuple[str, ...]:
+    """A hook's command line, split as a shell would, but run without one.
+
+    :raise ConfigError: it cannot be split, or names no program.
+    """
+    if command is None:
+        return ()
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error} in {command!r}") from error
+    if not words:
+        raise ConfigError(f"{option}: give a program to run")
+    return tuple(words)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are a ConfigError, and whose help ends with the exit statuses."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def exit_status_text(*statuses: ExitStatus) -> str:
+    """The part of ``--help`` on exit statuses.
+
+    :param statuses: those that the command can end with.
+    """
+    lines = [f"  {int(status):3d}  {EXIT_STATUS_HELP[status]}" for status in statuses]
+    return "\n".join(["exit status:", *lines])
+
+
+FENCE_HELP = """\
+fencing hook:
+  CMD is run, without a shell, with two more arguments: the domain's name and
+  the other host. It answers by its exit status: 0, the other host does not run
+  the guest and will not (it is switched off, say); 1, it does run it; anything
+  else, it cannot tell. If one host's hook switches the other host off, give
+  both hosts one."""
+
+
+def milliseconds(text: str) -> int:
+    """An argparse type: a whole number of milliseconds, 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
