@@ -205,15 +205,10 @@ class Rewriter:
     def stop_learning(self) -> None:
         """Failover: there is no PVM any more, connections from now on have the SVM's own numbers.
 
-        Flows that are known, also those in a handshake, stay.  Final.  Without this call, a sender with a forged source address
-        could finish a handshake with the SVM without having seen its SYN-ACK.
+        Flows that are known, also those in a handshake, stay.  Final.  Without this call, a sender with a forged source
+        address could finish a handshake with the SVM without having seen its SYN-ACK.
         """
         self._learning = False
-        for flow in list(self._by_guest.values()):
-            flow.syn_next = None
-            self._discard_held(flow)
-            if flow.svm_isn is None:
-                self._forget(flow)
 
     def expire(self, now_s: float) -> None:
         """Forget flows whose time is over.  To be called every few seconds."""
@@ -240,9 +235,12 @@ class Rewriter:
                 flow.deadline_s = now_s + HANDSHAKE_S
             return flow
         if not self._learning:
-            if flow is not None:
-                self._forget(flow)
-            return None
+            # A SYN from before the failover: its sender may have the PVM's answer.
+            awaited = flow is not None and not opens and flow.syn_next == ack and now_s < flow.syn_until_s
+            if not awaited:
+                if flow is not None:
+                    self._forget(flow)
+                return None
         pvm_isn = None
         if flow is None:
             flow = self._add(now_s, key[4:8] + key[:4] + key[10:12] + key[8:10], key)
