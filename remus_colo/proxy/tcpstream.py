@@ -175,6 +175,8 @@ class TcpStream:
     def secondary_bytes(self) -> int:
         """SVM bytes kept."""
         connection: Connection | None = self.connection
+        if connection is self.secondary_connection and connection.next is None:
+            return connection.secondary.size + len(connection.syn_payload)
         if self.secondary_connection.index < self.connection.index:
             connection = self.secondary_connection
         size = 0
@@ -198,7 +200,7 @@ class TcpStream:
         packet = held.packet
         assert packet is not None
         flags = packet.flags
-        connection = self._primary_syn(packet.seq) if flags & SYN else self.connection
+        connection = self._primary_syn(packet.seq) if flags & (SYN | RST) == SYN else self.connection
         connection.primary_seen = True
         held.conn = connection
         held.end = held.ack = None
@@ -225,19 +227,18 @@ class TcpStream:
         high = connection.primary_high
         if high is None or end > high:
             connection.primary_high = end
+        if flags & FIN and connection.primary_fin != fin:
+            if connection.primary_fin is None and (high is None or fin >= high):
+                connection.primary_fin = fin
+            elif self.diverged is None:
+                self._differ(connection, fin, "the PVM's FIN contradicts what it sent before")
         if self.diverged is not None:
             return
-
-        if flags & FIN and connection.primary_fin != fin:
-            if connection.primary_fin is not None or (high is not None and fin < high):
-                self._differ(connection, fin, "the PVM's FIN contradicts what it sent before")
-                return
-            connection.primary_fin = fin
         if end > watermark:
             if data and connection.primary_fin is not None and data_end > connection.primary_fin:
                 self._differ(connection, connection.primary_fin, "the PVM sent data behind its own FIN")
                 return
-            if data_end > watermark:
+            if data and data_end > watermark:
                 if start < watermark:
                     data = data[watermark - start:]
                     start = watermark
@@ -252,7 +253,7 @@ class TcpStream:
         """Take an SVM segment, in the PVM's sequence space except for a SYN, and compare what can be compared."""
         flags = packet.flags
         seq = packet.seq
-        connection = self._secondary_syn(seq) if flags & SYN else self.secondary_connection
+        connection = self._secondary_syn(seq) if flags & (SYN | RST) == SYN else self.secondary_connection
         connection.secondary_seen = True
         if flags & ACK:
             ack = connection.unwrap_ack(packet.ack)

@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Properties of the comparator that must hold for every run of two VMs."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from remus_colo.proxy.comparator import Comparator, CompareConfig, Decision, Reason
+from remus_colo.proxy.packets import parse
+
+FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
+MASK = (1 << 32) - 1
+
+
+def ipv4(protocol: int, body: bytes, ident: int = 0, fragment: int = 0, ttl: int = 64) -> bytes:
+    head = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(body), ident, fragment, ttl, protocol, 0)
+    return head + b"\x0a\0\0\1\x0a\0\0\2" + body
+
+
+def tcp(seq: int, ack: int, flags: int, data: bytes = b"", port: int = 4000) -> bytes:
+    return ipv4(6, struct.pack(">HHIIBBHHH", 80, port, seq & MASK, ack & MASK, 0x50, flags, 1000, 0, 0) + data)
+
+
+def udp(payload: bytes, port: int = 53, **header: int) -> bytes:
+    return ipv4(17, struct.pack(">HHHH", 5353, port, 8 + len(payload), 0) + payload, **header)
+
+
+class Driver:
+    """Feeds a comparator and checks what must hold after each step."""
+
+    def __init__(self, config: CompareConfig | None = None) -> None:
+        self.comparator = Comparator(config or CompareConfig(), 0.0)
+        self.now_s = 0.0
+        self.sent: list[bytes] = []
+        self.released: list[int] = []
+        self.requests: list[Reason] = []
+        self.asked = False
+
+    def take(self, decision: Decision) -> Decision:
+        for packet_id in decision.release:
+            assert 0 <= packet_id < len(self.sent)
+            assert packet_id not in self.released
+            self.released.append(packet_id)
+        if decision.checkpoint is not None:
+            assert not self.asked, "asked again before the cut"
+            self.asked = True
+            self.requests.append(decision.checkpoint.reason)
+        self.comparator.check_invariants()
+        assert self.comparator.counters.held == len(self.sent) - len(self.released)
+        return decision
+
+    def primary(self, packet: bytes, ethertype: int = 0x0800) -> Decision:
+        self.sent.append(packet)
+        return self.take(self.comparator.primary(self.now_s, len(self.sent) - 1, packet, ethertype))
+
+    def secondary(self, packet: bytes, ethertype: int = 0x0800) -> Decision:
+        return self.take(self.comparator.secondary(self.now_s, packet, ethertype))
+
+    def cut(self) -> int:
+        self.asked = False
+        held = self.comparator.cut(self.now_s)
+        self.comparator.check_invariants()
+        return held
+
+    def abort(self) -> Decision:
+        self.asked = False
+        return self.take(self.comparator.abort_cut(self.now_s))
+
+    def flows_in_order(self) -> None:
+        last: dict[bytes, int] = {}
+        for packet_id in self.released:
+            parsed = parse(self.sent[packet_id])
+            key = getattr(parsed, "key", b"")
+            assert last.get(key, -1) < packet_id
+            last[key] = packet_id
+
+    def all_released(self) -> bool:
+        return sorted(self.released) == list(range(len(self.sent)))
+
+
+@st.composite
+def segments(draw: st.DrawFn, length: int, fin: bool, lossy: bool = True) -> list[tuple[int, int, bool]]:
+    """(start, end, FIN) in sending order: any cutting, repeats, swaps; in the end everything has been sent."""
+    cuts = sorted(draw(st.sets(st.integers(1, max(length - 1, 1)), max_size=8)))
+    edges = [0, *[cut for cut in cuts if cut < length], length]
+    plain = [(low, high, False) for low, high in itertools.pairwise(edges) if low < high]
+    if fin:
+        low, high, _ = plain.pop() if draw(st.booleans()) else (length, length, False)
+        plain.append((low, high, True))
+    sent = list(plain)
+    if lossy:
+        keep = draw(st.lists(st.booleans(), min_size=len(sent), max_size=len(sent)))
+        sent = [segment for segment, kept in zip(sent, keep, strict=True) if kept]
+        for _ in range(draw(st.integers(0, 5))):  # repeats that are cut in another way
+            low = draw(st.integers(0, length - 1))
+            high = draw(st.integers(low + 1, length))
+            sent.insert(draw(st.integers(0, len(sent))), (low, high, fin and high == length and draw(st.booleans())))
+        sent = draw(st.permutations(sent))
+        sent = [*sent, *plain]
+    return sent
+
+
+def interleave(draw: st.DrawFn, one: list, other: list) -> list[tuple[bool, object]]:
+    steps: list[tuple[bool, object]] = []
+    one, other = list(one), list(other)
+    while one or other:
+        first = bool(one) and (not other or draw(st.booleans()))
+        steps.append((first, (one if first else other).pop(0)))
+    return steps
+
+
+@st.composite
+def two_cuttings(draw: st.DrawFn):
+    data = draw(st.binary(min_size=1, max_size=200))
+    fin = draw(st.booleans())
+    steps = interleave(draw, draw(segments(len(data), fin)), draw(segments(len(data), fin)))
+    return data, draw(st.integers(0, MASK)), steps
+
+
+def segment(isn: int, data: bytes, part: tuple[int, int, bool], ack: int = 77) -> bytes:
+    low, high, fin = part
+    return tcp(isn + 1 + low, ack, ACK | (FIN if fin else 0), data[low:high])
+
+
+@settings(max_examples=100, deadline=None)
+@given(two_cuttings())
+def test_one_stream_cut_in_two_ways_never_diverges_and_leaves(case) -> None:
+    data, isn, steps = case
+    driver = Driver()
+    driver.primary(tcp(isn, 77, SYN | ACK))
+    driver.secondary(tcp(isn ^ 0x5A5A5A5A, 77, SYN | ACK))
+    for first, part in steps:
+        (driver.primary if first else driver.secondary)(segment(isn, data, part))
+    assert not driver.requests
+    assert driver.all_released()
+    assert driver.comparator.next_deadline_s is None
+    driver.flows_in_order()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from(["flip", "missing", "extra", "fin"]), st.booleans())
+def test_nothing_from_the_first_difference_on_leaves(data: st.DataObject, how: str, swap: bool) -> None:
+    content = data.draw(st.binary(min_size=2, max_size=200))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if how == "flip":
+        other = content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1:]
+    elif how == "missing":
+        other = content[:at] + content[at + 1:] or b"x"
+    elif how == "extra":
+        other = content[:at] + bytes([content[at] ^ 1]) + content[at:]
+    else:
+        other = content[:max(at, 1)]
+    if swap:
+        content, other = other, content
+    same = next((i for i, (a, b) in enumerate(zip(content, other, strict=False)) if a != b), min(len(content), len(other)))
+    fin = how == "fin"
+    ours, theirs = data.draw(segments(len(content), fin)), data.draw(segments(len(other), fin))
+    driver = Driver()
+    isn = data.draw(st.integers(0, MASK))
+    driver.primary(tcp(isn, 77, SYN | ACK))
+    driver.secondary(tcp(isn ^ 1, 77, SYN | ACK))
+    parts = {0: (0, 0, False)}
+    for first, part in interleave(data.draw, ours, theirs):
+        if first:
+            parts[len(driver.sent)] = part
+            driver.primary(segment(isn, content, part))
+        else:
+            driver.secondary(segment(isn, other, part))
+    for packet_id in driver.released:
+        _, high, has_fin = parts[packet_id]
+        assert high <= same and not (has_fin and high == same)
+    held = len(driver.sent) - len(driver.released)
+    if held and not driver.requests:
+        driver.now_s = driver.comparator.next_deadline_s
+        driver.take(driver.comparator.tick(driver.now_s))
+    assert bool(held) == bool(driver.requests)
+    assert how != "flip" or driver.requests
+    assert driver.cut() == held
+    driver.take(driver.comparator.commit(driver.now_s))
+    assert driver.all_released()
+    driver.flows_in_order()
+
+
+class Guest:
+    """A model guest: TCP output as a function of what it was asked to write, copied at checkpoints."""
+
+    def __init__(self) -> None:
+        self.written = {1000: b"", 2000: b""}
+        self.sent = {1000: 0, 2000: 0}
+
+    def copy(self) -> Guest:
+        other = Guest()
+        other.written, other.sent = dict(self.written), dict(self.sent)
+        return other
+
+    def send(self, port: int, count: int) -> bytes | None:
+        low = self.sent[port]
+        data = self.written[port][low:low + count]
+        if not data:
+            return None
+        self.sent[port] = low + len(data)
+        return tcp(port + low, 5, ACK, data, port)
+
+    def repeat(self, port: int, back: int) -> bytes | None:
+        low = max(0, self.sent[port] - back)
+        data = self.written[port][low:self.sent[port]]
+        return tcp(port + low, 5, ACK, data, port) if data else None
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "write-differing", "primary", "primary", "secondary", "secondary", "repeat",
+                         "repeat-secondary", "cut", "commit", "resume", "abort", "tick", "udp", "udp-secondary", "arp"]),
+        st.sampled_from([1000, 2000]),
+        st.integers(1, 40),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS, st.binary(min_size=64, max_size=64))
+def test_cut_commit_resume_and_abort_at_any_point(steps, content: bytes) -> None:
+    """The oracle is the model's SVM: bytes leave only if the SVM sent the same, or by a commit."""
+    driver = Driver()
+    comparator = driver.comparator
+    pvm, svm = Guest(), Guest()
+    image: Guest | None = None  # the cut's, while it is not committed or not resumed
+    committed = True
+    covered: dict[int, int] = {1000: 0, 2000: 0}  # stream length that the last commit, or the SVM at its birth, covers
+    said: dict[int, dict[int, int]] = {1000: {}, 2000: {}}  # position -> byte that the present SVM has sent
+    meta: dict[int, tuple] = {}
+    cut_at = 0
+    datagrams: list[bytes] = []
+    written = 0
+
+    def check(decision: Decision, commit: bool = False) -> None:
+        for packet_id in decision.release:
+            kind = meta[packet_id][0]
+            if kind == "arp" or (commit and packet_id < cut_at):
+                continue
+            assert committed, "left while an older epoch was not committed"
+            if kind == "udp":
+                datagrams.remove(meta[packet_id][1])
+                continue
+            _, port, low, data = meta[packet_id]
+            for index, byte in enumerate(data):
+                position = low + index
+                assert position < covered[port] or said[port].get(position) == byte
+
+    def from_primary(port: int, packet: bytes | None) -> None:
+        if packet is None:
+            return
+        parsed = parse(packet)
+        meta[len(driver.sent)] = ("tcp", port, parsed.seq - port, parsed.payload)
+        check(driver.primary(packet))
+
+    def from_secondary(port: int, packet: bytes | None) -> None:
+        if packet is None:
+            return
+        parsed = parse(packet)
+        if image is None:
+            said[port].update({parsed.seq - port + i: byte for i, byte in enumerate(parsed.payload)})
+            check(driver.secondary(packet))
+        elif committed:
+            assert driver.secondary(packet).release == ()
+        # Between cut and commit the model's SVM is paused, as the real one.
+
+    for port in (1000, 2000):  # the ACK that both connections use
+        meta[len(driver.sent)] = ("tcp", port, 0, b"")
+        driver.primary(tcp(port, 5, ACK, b"", port))
+        check(driver.secondary(tcp(port, 5, ACK, b"", port)))
+
+    for action, port, count in steps:
+        driver.now_s += 0.05
+        if action == "write":
+            for guest in (pvm, svm):
+                guest.written[port] += content[:count]
+        elif action == "write-differing":
+            written += 1
+            pvm.written[port] += content[:count] + bytes([written & 0xFF, 1])
+            svm.written[port] += content[:count] + bytes([written & 0xFF, 2])
+        elif action == "primary":
+            from_primary(port, pvm.send(port, count))
+        elif action == "repeat":
+            from_primary(port, pvm.repeat(port, count))
+        elif action == "secondary" and image is None:
+            from_secondary(port, svm.send(port, count))
+        elif action == "repeat-secondary" and image is None:
+            from_secondary(port, svm.repeat(port, count))
+        elif action == "udp":
+            packet = udp(content[:count % 3], ident=count)
+            meta[len(driver.sent)] = ("udp", content[:count % 3])
+            check(driver.primary(packet))
+        elif action == "udp-secondary":
+            if image is None:
+                datagrams.append(content[:count % 3])
+            check(driver.secondary(udp(content[:count % 3])))
+        elif action == "arp":
+            meta[len(driver.sent)] = ("arp",)
+            assert driver.primary(b"\0" * 28, 0x0806).release == (len(driver.sent) - 1,)
+        elif action == "tick":
+            driver.now_s += count / 20
+            check(driver.take(comparator.tick(driver.now_s)))
+        elif action == "cut" and committed:
+            cut_at = len(driver.sent)
+            image, committed = pvm.copy(), False
+            driver.cut()
+        elif action == "commit" and not committed:
+            committed = True
+            covered = dict(image.sent)
+            said = {1000: {}, 2000: {}}
+            svm = image.copy()
+            svm.written = dict(pvm.written)
+            check(driver.take(comparator.commit(driver.now_s)), commit=True)
+        elif action == "resume" and committed and image is not None:
+            image = None
+            datagrams.clear()
+            driver.take(comparator.secondary_resumed(driver.now_s))
+        elif action == "abort" and not committed and image is not None:
+            before = driver.now_s
+            committed, image = True, None
+            if not comparator._cut.running:  # the SVM of the cut before never resumed
+                image = svm
+            check(driver.abort())
+            assert before == driver.now_s
+    if not committed:
+        committed = True
+        covered = dict(image.sent)
+        check(driver.take(comparator.commit(driver.now_s)), commit=True)
+    cut_at = len(driver.sent)
+    driver.cut()
+    check(driver.take(comparator.commit(driver.now_s)), commit=True)
+    assert driver.all_released()
+    driver.flows_in_order()
+
+
+PACKETS = st.one_of(
+    st.binary(max_size=80),
+    st.builds(
+        lambda protocol, body, fragment, ident: ipv4(protocol, body, ident, fragment),
+        st.sampled_from([1, 2, 6, 6, 17, 17, 47, 58]),
+        st.binary(max_size=64),
+        st.sampled_from([0, 0, 0x2000, 0x4000, 1, 0x2001, 2]),
+        st.integers(0, 2),
+    ),
+    st.builds(
+        lambda seq, ack, flags, data, port: tcp(seq, ack, flags, data, port),
+        st.one_of(st.integers(0, 30), st.integers(0, MASK)),
+        st.one_of(st.integers(0, 3), st.integers(0, MASK)),
+        st.integers(0, 31),
+        st.text("ab", max_size=20).map(str.encode),
+        st.integers(1, 2),
+    ),
+    st.builds(lambda data: b"\x60\0\0\0" + struct.pack(">HBB", len(data), 17, 64) + bytes(32) + data, st.binary(max_size=9)),
+    st.builds(lambda packet, cut: packet[:cut], st.builds(udp, st.binary(max_size=3)), st.integers(0, 31)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["primary", "secondary", "primary", "secondary", "both", "both", "cut", "commit", "resume",
+                             "abort", "tick"]),
+            PACKETS,
+            st.sampled_from([0x0800, 0x0800, 0x0800, 0x86DD, 0x0806, 0x8100]),
+        ),
+        max_size=50,
+    ),
+    st.booleans(),
+)
+def test_no_input_breaks_it(steps, tight: bool) -> None:
+    config = CompareConfig(held_bytes=200, held_packets=5, flows=3, secondary_bytes=300, idle_flow_s=2.0)
+    driver = Driver(config if tight else None)
+    comparator = driver.comparator
+    cut = resumed = False
+    for action, packet, ethertype in steps:
+        driver.now_s += 0.1
+        if action in ("primary", "both"):
+            driver.primary(packet, ethertype)
+        if action in ("secondary", "both"):
+            driver.secondary(packet, ethertype)
+        if action == "cut" and not cut:
+            cut, resumed = True, False
+            driver.cut()
+        elif action == "commit" and cut:
+            cut = False
+            driver.take(comparator.commit(driver.now_s))
+        elif action == "resume":
+            resumed = True
+            driver.take(comparator.secondary_resumed(driver.now_s))
+        elif action == "abort" and cut and not resumed:
+            cut = False
+            driver.abort()
+        elif action == "tick":
+            driver.now_s += 1.0
+            driver.take(comparator.tick(driver.now_s))
+            deadline = comparator.next_deadline_s
+            assert deadline is None or deadline > driver.now_s or comparator.counters.held > 0
+    driver.take(comparator.release_all(driver.now_s))
+    assert driver.all_released()
+    driver.primary(b"anything")
+    assert driver.all_released()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_datagrams_are_matched_as_a_multiset_and_leave_in_order(data: st.DataObject) -> None:
+    ours = data.draw(st.lists(st.tuples(st.sampled_from([b"", b"a", b"b", b"cc"]), st.integers(1, 2)), max_size=15))
+    theirs = data.draw(st.permutations(ours))
+    driver = Driver()
+    for first, (payload, port) in interleave(data.draw, ours, theirs):
+        (driver.primary if first else driver.secondary)(udp(payload, port, ident=first))
+    assert driver.all_released() and not driver.requests
+    driver.flows_in_order()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_fragments_are_compared_after_reassembly(data: st.DataObject) -> None:
+    whole = udp(data.draw(st.binary(min_size=20, max_size=90)))[20:]
+
+    def fragments(ident: int) -> list[bytes]:
+        edges = [0, *sorted(data.draw(st.sets(st.sampled_from(range(8, len(whole), 8)), max_size=3))), len(whole)]
+        parts = [
+            ipv4(17, whole[low:high], ident, low // 8 | (0x2000 if high < len(whole) else 0))
+            for low, high in itertools.pairwise(edges)
+        ]
+        return data.draw(st.permutations(parts))
+
+    driver = Driver()
+    ours = fragments(1)
+    for first, packet in interleave(data.draw, ours, fragments(2)):
+        decision = (driver.primary if first else driver.secondary)(packet)
+        assert decision.release in ((), tuple(range(len(ours))))
+    assert driver.all_released() and not driver.requests
