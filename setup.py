@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The compiled module; all else is in setup.cfg.
+
+``REMUS_COLO_NATIVE`` decides about ``remus_colo._native._xen``: ``auto`` (the default) builds it where Xen's
+headers are, ``required`` fails where it cannot be built, ``off`` leaves it out.  Without it the package
+installs anywhere, for its pure parts and their tests, but protects nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+BUILDER = "remus_colo/_native/build_xen.py"
+HEADER = "xenctrl.h"
+
+
+def include_dirs() -> list[Path]:
+    """Where the compiler looks for headers, besides its own."""
+    named = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
+    dirs = [part for value in named for part in value.split(os.pathsep) if part]
+    flags = [flag for name in ("CPPFLAGS", "CFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
+    for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
+        if flag.startswith("-I"):
+            dirs.append(flag[2:] or following)
+    return [Path(name) for name in (*dirs, "/usr/local/include", "/usr/include")]
+
+
+def what_is_missing() -> str | None:
+    """Why the module cannot be built here, or None."""
+    if not Path(BUILDER).exists():
+        return f"{BUILDER} is not in this source tree"
+    if not any((directory / HEADER).exists() for directory in include_dirs()):
+        return f"Xen's header {HEADER} is not installed (Debian: apt install libxen-dev)"
+    try:
+        import cffi  # noqa: F401
+    except ImportError:
+        return "cffi is not installed (Debian: apt install python3-cffi)"
+    return None
+
+
+def cffi_modules() -> list[str]:
+    policy = os.environ.get("REMUS_COLO_NATIVE", "auto")
+    if policy not in ("auto", "required", "off"):
+        sys.exit(f"REMUS_COLO_NATIVE must be auto, required or off, not {policy!r}")
+    missing = "it is switched off by REMUS_COLO_NATIVE" if policy == "off" else what_is_missing()
+    if missing is None:
+        return [f"{BUILDER}:ffibuilder"]
+    if policy == "required":
+        sys.exit(f"cannot build remus_colo._native._xen: {missing}")
+    print(f"warning: not building remus_colo._native._xen, which Xen hosts need: {missing}", file=sys.stderr)
+    return []
+
+
+modules = cffi_modules()
+# without cffi setuptools does not know the keyword
+setup(**({"cffi_modules": modules} if modules else {}))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What is installed: every module, every data file, the commands; with or without Xen's headers."""
+
+from __future__ import annotations
+
+import configparser
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from remus_colo._version import __version__
+
+REPOSITORY = Path(__file__).parents[2]
+PACKAGE = REPOSITORY / "remus_colo"
+SPDX = "SPDX-License-Identifier: LGPL-2.1-or-later"
+# what a work tree holds besides the sources
+BUILT = shutil.ignore_patterns("__pycache__", ".*_cache", "*.so", "*.o", "_xen.c")
+
+pytest.importorskip("setuptools", reason="setuptools is not installed (Debian: python3-setuptools)")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build in: setuptools writes into the source tree."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(REPOSITORY / name, copy)
+    (copy / "README.rst").write_text("remus_colo\n==========\n")
+    shutil.copytree(PACKAGE, copy / "remus_colo", ignore=BUILT)
+    return copy
+
+
+def run_setup(source: Path, native: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
+        cwd=source,
+        env={**os.environ, "REMUS_COLO_NATIVE": native},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def built(source: Path) -> Path:
+    done = run_setup(source, "off", "egg_info", "build_py", "--build-lib", "out")
+    assert done.returncode == 0, done.stderr
+    assert "warning: not building remus_colo._native._xen" in done.stderr
+    return source / "out" / "remus_colo"
+
+
+def files(folder: Path) -> Iterator[str]:
+    return (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_every_file_of_the_package_is_installed(source: Path, built: Path) -> None:
+    assert sorted(files(built)) == sorted(files(source / "remus_colo"))
+
+
+def test_metadata(source: Path, built: Path) -> None:
+    metadata = (source / "remus_colo.egg-info" / "PKG-INFO").read_text()
+    assert f"\nVersion: {__version__}\n" in metadata
+    assert (
+        "\nLicense: LGPL-2.1-or-later\n" in metadata
+        or "\nLicense-Expression: LGPL-2.1-or-later\n" in metadata
+    )
+    assert "\nRequires-Python: >=3.11\n" in metadata
+    entries = configparser.ConfigParser()
+    entries.read(source / "remus_colo.egg-info" / "entry_points.txt")
+    assert dict(entries["console_scripts"]) == {
+        "remus": "remus_colo.cli:main",
+        "remusd": "remus_colo.daemon:main",
+    }
+
+
+def test_the_compiled_module_can_be_required(source: Path, tmp_path: Path) -> None:
+    shutil.copy(source / "setup.py", tmp_path)
+    (tmp_path / "remus_colo").mkdir()
+    done = run_setup(tmp_path, "required", "--version")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "cannot build remus_colo._native._xen: remus_colo/_native/build_xen.py is not in this source tree\n"
+    )
+
+
+def test_an_unknown_policy_is_refused(source: Path) -> None:
+    done = run_setup(source, "maybe", "--version")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "REMUS_COLO_NATIVE must be auto, required or off, not 'maybe'\n",
+    )
+
+
+def test_the_licence_is_the_one_that_is_declared() -> None:
+    text = (REPOSITORY / "LICENSE").read_text()
+    assert "GNU LESSER GENERAL PUBLIC LICENSE" in text
+    assert "Version 2.1, February 1999" in text
+
+
+def test_the_change_log_begins_with_this_version() -> None:
+    lines = (REPOSITORY / "CHANGELOG.rst").read_text().splitlines()
+    titles = [line for line, below in itertools.pairwise(lines) if below.startswith("---")]
+    assert titles[0].split()[0] == __version__
+
+
+def test_every_source_file_names_its_licence() -> None:
+    sources = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "tests").rglob("*.py"), *PACKAGE.rglob("*.[ch]")]
+    unnamed = [
+        path for path in sources if path.name != "_xen.c" and SPDX not in path.read_text().partition("\n")[0]
+    ]
+    assert unnamed == []
