@@ -2,7 +2,7 @@
 """Whatever the order of packets, losses, checkpoints and resets: the SVM speaks in the client's sequence numbers.
 
 Two guests get a client's packets, each at its own pace; what the PVM sends reaches the client only as output
-commit allows (but SYN-ACKs at once, which is harder on the rewriter).
+commit allows (but SYN-ACKs once the SYN came to the backup, which is harder on the rewriter).
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Protected(RuleBasedStateMachine):
         self.agreed: dict[int, tuple[int, int]] = {}  # client's ISN: what the SVM's output covers, data and ACK
         self.old: list[bytes] = []
         self.lost_sync = False
+        self.mirrored: set[int] = set()  # client's ISNs whose SYN came to the rewriter
 
     # -- the client
 
@@ -106,7 +107,9 @@ class Protected(RuleBasedStateMachine):
         for sent in self.pvm_out:
             got = read(sent.packet)
             if sent.pos is None:
-                if not got.flags & RST:
+                if got.flags & SYN and sent.client_isn not in self.mirrored:
+                    held.append(sent)
+                elif got.flags & SYN:
                     self._to_client(sent.packet)
                 continue
             data, acked = self.agreed.get(sent.client_isn, (0, 0))
@@ -120,6 +123,8 @@ class Protected(RuleBasedStateMachine):
 
     def _to_svm(self, packet: bytes, lost: bool = False) -> None:
         self.now_s += 0.001
+        if read(packet).flags & SYN:
+            self.mirrored.add(read(packet).seq)
         rewritten = self.rewriter.to_guest(self.now_s, packet)
         if rewritten != b"" and not lost:
             self.svm_out += self.svm.receive(packet if rewritten is None else rewritten)
