@@ -218,7 +218,7 @@ class Protected(RuleBasedStateMachine):
 
 
 TestProtected = Protected.TestCase
-TestProtected.settings = settings(max_examples=120, stateful_step_count=60, deadline=None)
+TestProtected.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
 
 
 def mapped(pvm_isn: int, svm_isn: int, client_isn: int) -> Rewriter:
