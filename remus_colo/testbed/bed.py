@@ -121,6 +121,7 @@ class Bed:
     def boot(self, host: str) -> None:
         """Power on a host that is off, and wait until it is ready."""
         _need_root()
+        self._need_up()
         options = self.options()
         with self._locked():
             self._start(host, options)

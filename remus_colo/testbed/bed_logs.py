@@ -46,7 +46,7 @@ def console(bed: Bed, target: str, *, follow: bool) -> None:
     options = ["-n", "+1", *(["-F"] if follow else [])]
     if domain:
         path = shlex.quote(GUEST_LOG.format(domain=domain))
-        argv = bed.remote(name).argv(f"exec tail {' '.join(options)} {path}")
+        argv = bed.reachable(name).argv(f"exec tail {' '.join(options)} {path}")
     else:
         argv = ["tail", *options, str(bed.hosts[name].serial_log)]
     os.execvp(argv[0], argv)

@@ -143,5 +143,6 @@ class BedNetwork:
         return removed
 
     def _batch(self, role: str, *lines: str) -> None:
-        argv = ["ip", "-n", self.namespace(role), "-batch", "-"]
-        run(argv, stdin="\n".join(lines) + "\n", timeout_s=IP_TIMEOUT_S)
+        # Not "ip -n", which remounts file systems as well and cannot in a chroot.
+        with netns.entered(self.namespace(role)):
+            run(["ip", "-batch", "-"], stdin="\n".join(lines) + "\n", timeout_s=IP_TIMEOUT_S)

@@ -34,7 +34,7 @@ def run(tmp_path):
     [
         ("exec", "primary", "--", "true"), ("push", "backup", "/etc/hostname", "/tmp/x"), ("link", "down"),
         ("client", "--", "true"), ("sync",), ("skew",), ("boot", "primary"), ("kill", "primary"),
-        ("pause", "backup"), ("resume", "backup"), ("console", "nohost"),
+        ("pause", "backup"), ("resume", "backup"), ("console", "nohost"), ("console", "primary/web"),
     ],
 )  # fmt: skip
 def test_without_a_bed_each_command_says_so(run, capsys, words):
