@@ -44,7 +44,7 @@ _PROGRAMS = {
 }
 
 _APPLETS = """
-[ ash awk basename cat chmod cp cut date dd df dmesg du echo env expr false find free grep head
+[ ash awk basename cat chmod chown cp cut date dd df dmesg du echo env expr false find free grep head
 hexdump hostname id ifconfig insmod ip kill killall less ln ls lsmod md5sum mkdir mknod mount mv nc
 netstat nice od pidof ping poweroff printf ps pwd readlink reboot rm rmmod route sed seq setsid sh
 sha256sum sleep sort start-stop-daemon stat stty sync sysctl tail tee test time timeout top touch tr

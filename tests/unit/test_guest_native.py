@@ -29,6 +29,8 @@ root=$1
 shift
 mount -t proc proc "$root/proc"
 mount -t tmpfs tmpfs "$root/run"
+touch "$root/run/redis.log"
+chmod 666 "$root/run/redis.log"
 mount --rbind /dev "$root/dev"
 ip link set lo up
 ip addr add 10.77.0.10/24 dev lo
