@@ -296,6 +296,21 @@ def test_simultaneous_open(rw: Rewriter) -> None:
     assert rw.from_guest(0, out(ACK, SVM_ISN + 1, CLIENT_ISN + 1)) == out(ACK, PVM_ISN + 1, CLIENT_ISN + 1)
 
 
+def test_simultaneous_open_ended_by_a_plain_ack(rw: Rewriter) -> None:
+    rw.from_guest(0, out(SYN, SVM_ISN))
+    rw.to_guest(0, to(SYN, CLIENT_ISN))
+    rw.from_guest(0, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1))
+    assert rw.to_guest(0, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)) == to(ACK, CLIENT_ISN + 1, SVM_ISN + 1)
+
+
+def test_a_failover_between_the_clients_syn_and_the_svms_answer(rw: Rewriter) -> None:
+    rw.to_guest(0, to(SYN, CLIENT_ISN))
+    assert rw.to_guest(0, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)) == b""
+    rw.stop_learning()
+    assert rw.from_guest(1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(SYN | ACK, PVM_ISN, CLIENT_ISN + 1)
+    assert rw.take_held() == [to(ACK, CLIENT_ISN + 1, SVM_ISN + 1)]
+
+
 def test_the_guest_opens_again_with_the_same_ports(rw: Rewriter) -> None:
     rw.from_guest(0, out(SYN, SVM_ISN))
     rw.to_guest(0, to(SYN | ACK, 900, PVM_ISN + 1))
