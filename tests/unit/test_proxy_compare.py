@@ -324,6 +324,27 @@ def test_resumed_before_committed():
     assert bench.commit() == ((2, 3), None)
 
 
+def test_nothing_leaves_before_the_commit_although_nothing_waits_before_it():
+    bench = Bench().connect()
+    bench.cut()
+    assert bench.p(tcp(101, 50)) == HOLD, "agreed on before the cut"
+    assert bench.p(udp(b"x")) == HOLD
+    bench.resume()
+    assert bench.s(udp(b"x")) == HOLD
+    assert bench.p(tcp(101, 50)) == HOLD
+    assert bench.commit() == ((2, 4, 3), None)
+
+
+def test_a_syn_that_a_checkpoint_covers_may_be_repeated():
+    bench = Bench()
+    bench.p(tcp(100, 50, SYN | ACK))
+    assert bench.checkpoint() == (1,)
+    assert bench.p(tcp(100, 50, SYN | ACK)) == ((2,), None)
+    assert bench.s(tcp(100, 50, SYN | ACK)) == HOLD
+    bench.p(tcp(101, 50, ACK, b"a"))
+    assert bench.s(tcp(101, 50, ACK, b"a")) == ((3,), None)
+
+
 def test_svm_output_from_before_the_cut_is_dropped():
     bench = Bench().connect()
     bench.s(tcp(101, 99, ACK, b"from another history"))
@@ -340,13 +361,16 @@ def test_abort_compares_both_epochs_with_the_old_svm():
     bench.s(udp(b"early"))
     bench.p(tcp(101, 50, ACK, b"abX"))
     bench.p(udp(b"one", port=54))
+    bench.now_s = 0.9
     assert bench.cut() == 2
+    bench.now_s = 2.0
     bench.p(udp(b"early"))
     bench.p(udp(b"two", port=54))
     assert bench.s(udp(b"one", port=54)) == HOLD
     assert bench.abort() == ((4, 3), None)
     assert bench.s(udp(b"two", port=54)) == ((5,), None)
-    assert bench.tick(1.0) == ((), Reason.TCP_PAYLOAD), "the difference is still there"
+    assert bench.comparator.next_deadline_s == 3.0
+    assert bench.tick(3.0) == ((), Reason.TCP_PAYLOAD), "the difference is still there"
     assert bench.checkpoint() == (2,)
 
 
@@ -516,6 +540,16 @@ def test_fragments_repeat_overlap_and_lack():
     bench.tick(9.0)
     assert bench.s(second) == HOLD, "the first has aged"
     assert bench.comparator.counters.secondary_dropped == 2
+
+
+def test_fragments_that_disagree_on_being_the_last_are_never_complete():
+    whole = udp(bytes(40))[20:]
+    bench = Bench()
+    for packet in (ipv4(17, whole[:24], 1, 0x2000), ipv4(17, whole[24:40], 1, 3), ipv4(17, whole[24:40], 1, 0x2003),
+                   ipv4(17, whole[40:], 1, 5)):
+        bench.p(packet)
+    assert bench.s(udp(bytes(40))) == HOLD
+    assert bench.tick(1.0) == ((), Reason.UDP_TIMEOUT)
 
 
 def test_interleaved_fragments_leave_in_order_of_arrival_at_a_commit():
