@@ -111,15 +111,15 @@ class PvmEngine:
         """Whether the guest uses the 2-level event channel ABI, found out by an event.
 
         The guest is paused, xenstored is made to notify it, and the port's bit in the shared_info page
-        tells: FIFO events are kept elsewhere.  Only call when the guest is about to be suspended, as what
-        makes xenstored notify it is the request to suspend.
+        tells: FIFO events are kept elsewhere.  What makes xenstored notify it is an empty request in
+        ``control/shutdown``, which a guest watches and which asks for nothing (public xenstore-paths document).
         """
         port = self.guest.hvm_param(HVM_PARAM_STORE_EVTCHN)
         self.guest.pause()
         try:
             self.guest.remap(self.guest.info().shared_info_gfn)
             page = self.guest.page(self.guest.info().shared_info_gfn)
-            self.store.write(self._shutdown_node, "suspend")
+            self.store.write(self._shutdown_node, "")
             deadline_s = time.monotonic() + STORE_RING_TIMEOUT_S
             while not sharedinfo.is_pending(page, port):
                 if time.monotonic() > deadline_s:

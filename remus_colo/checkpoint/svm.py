@@ -47,6 +47,7 @@ class Received:
     ring_nodes: dict[int, dict[str, str]]
     event_channels: list[EventChannel]
     shared_info_gfn: int
+    xen_time_ns: int  # of the primary's host, when the PVM was stopped
 
 
 def port_table(channels: Sequence[EventChannel]) -> list[tuple[int, EvtchnKind, int, int]]:
@@ -73,12 +74,15 @@ class SvmEngine:
         self.mode = Mode.TRANSPARENT
         self._dirty = bytearray()
         self._paused = True  # xl restored it paused
+        self._logging = False
         self._ever_ran = False
+        self.loaded = False  # a checkpoint was applied since it last ran
 
     def start(self) -> None:
         """Map it, log what it dirties, and, for transparent checkpoints, let it resume by itself."""
         self.guest.map_memory()
         self.guest.enable_dirty_log()
+        self._logging = True
         self._dirty = bytearray(self.guest.nr_gfns // 8)
         if self.mode is Mode.TRANSPARENT:
             self.guest.unpause()
@@ -146,6 +150,7 @@ class SvmEngine:
                 backend.set_ring_nodes(self.store, vif, checkpoint.ring_nodes[vif.handle])
         self._connect()
         self._dirty = bytearray(len(self._dirty))
+        self.loaded = True
 
     def _write_pages(self, checkpoint: Received, grant_frames: int) -> None:
         absent = 0
@@ -212,6 +217,7 @@ class SvmEngine:
         self.guest.unpause()
         self._paused = False
         self._ever_ran = True
+        self.loaded = False
         if self.mode is Mode.TRANSPARENT:
             self._interrupt()  # its handler finds the timer's event pending
 
@@ -228,10 +234,16 @@ class SvmEngine:
         for vif in self.layout.vifs:
             self._await(vif, XenbusState.CONNECTED)
 
-    def close(self) -> None:
-        """End the dirty log; the domain stays."""
-        try:
+    def stop_logging(self) -> None:
+        """The SVM is the guest now: nobody asks any more what it dirties."""
+        if self._logging:
+            self._logging = False
             self.guest.disable_dirty_log()
+
+    def close(self) -> None:
+        """End the dirty log; the domain stays. A second call does nothing."""
+        try:
+            self.stop_logging()
         except XenError as error:
             log.info("while ending the dirty log of domain %d: %s", self.guest.domid, error)
         self.guest.close()

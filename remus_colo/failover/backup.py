@@ -112,7 +112,7 @@ _ROWS: tuple[Row[BackupState, BackupEvent, BackupAction], ...] = (
         _S.APPLYING,
         (_A.SEND_ACK, _A.APPLY_CHECKPOINT),
     ),
-    ((_S.APPLYING,), (_E.APPLIED,), _S.STANDBY, (_A.RESUME_SVM, _A.SEND_RESUMED)),
+    ((_S.APPLYING,), (_E.APPLIED,), _S.STANDBY, (_A.SEND_RESUMED, _A.RESUME_SVM)),
     ((_S.PREPARING,), (_E.ABORT,), _S.STANDBY, (_A.RESUME_SVM,)),
     ((_S.RECEIVING,), (_E.ABORT,), _S.STANDBY, _UNDO),
     # -- the primary is lost

@@ -315,6 +315,14 @@ class Channel:
         if self._broken is None:
             self._broken = reason
 
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """Our and the peer's address of the connection, without the port."""
+        try:
+            return self._sock.getsockname()[0], self._sock.getpeername()[0]
+        except OSError as error:
+            raise PeerLost(f"the connection to {self.peer} is lost: {error.strerror or error}") from error
+
     def fileno(self) -> int:
         """For select and poll; -1 once closed."""
         return self._sock.fileno()

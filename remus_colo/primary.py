@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``remus --colo domain host``: check, connect, protect, and report."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import ipaddress
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from remus_colo.adapters import kmod, toolstack, xenctrl, xentime
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint.guestinfo import GuestLayout, refuse_config, refuse_guest
+from remus_colo.checkpoint.mode import Choice, choose
+from remus_colo.checkpoint.pvm import PvmEngine
+from remus_colo.errors import DomainError, ExitStatus, PeerError
+from remus_colo.proxy.comparator import CompareConfig
+from remus_colo.proxy.primary_path import Tunnel
+from remus_colo.relocation.channel import Channel
+from remus_colo.relocation.clock import ClockSample, best_sample
+from remus_colo.relocation.schema import MessageType
+from remus_colo.relocation.wire import VERSION, Message
+from remus_colo.session.console import Console
+from remus_colo.session.loop import Loop
+from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.primary import PrimarySession, SessionConfig
+
+if TYPE_CHECKING:
+    from remus_colo.options import ColoOptions
+
+log = logging.getLogger(__name__)
+
+RUN_DIR = Path("/run/remus_colo")
+CONNECT_TIMEOUT_S = 10.0
+CLOCK_PROBES = 16
+TUNNEL_PORT = 4789  # VXLAN's (RFC 7348); tunnels of several guests differ by their VNI
+MODULES = (
+    ("xen_netback", "the guest's network"),
+    ("sch_plug", "holding the guest's input during a checkpoint"),
+    ("cls_u32", "mirroring the guest's input"),
+    ("act_mirred", "mirroring the guest's input"),
+    ("nfnetlink_queue", "holding the guest's output"),
+)
+
+
+def run(options: ColoOptions) -> int:
+    """Protect a domain until something ends it. Returns the exit status.
+
+    :raise RemusError: protection could not begin; nothing is left behind.
+    """
+    domid = toolstack.find_domain(options.domain)
+    name = toolstack.domain_name(domid)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_one(domid, name))
+        store = stack.enter_context(Store())
+        guest = stack.enter_context(xenctrl.Guest(domid, writable=False))
+        refuse_config(name, toolstack.domain_config(domid))
+        refuse_guest(name, guest.info(), guest, store)
+        for module, purpose in MODULES:
+            kmod.load(module, purpose)
+        layout = GuestLayout.read(guest, store)
+        clock = xentime.host_clock()
+        engine = PvmEngine(guest, store, layout, clock)
+        generation = secrets.randbits(31) | 1
+        console = stack.enter_context(Console(options, name))
+        control = stack.enter_context(_connect(options, generation, "control"))
+        data = stack.enter_context(_connect(options, generation, "data"))
+        sample = _measure_clocks(control, clock)
+        guest.map_memory()
+        choice = choose(
+            options.checkpoint, offset_ns=sample.offset_ns, two_level_events=engine.uses_two_level_events()
+        )
+        engine.mode = choice.mode
+        console.event("mode", mode=choice.mode.value, why=choice.why, clock_offset_ms=round(sample.offset_ns / 1e6, 3))
+        config = _session_config(options, name, generation, control, choice, [vif.handle for vif in layout.vifs])
+        return _protect(config, engine, store, control, data, console)
+
+
+def _protect(
+    config: SessionConfig, engine: PvmEngine, store: Store, control: Channel, data: Channel, console: Console
+) -> int:
+    loop = Loop()
+
+    def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
+        return Peer(loop, control, data, heartbeat, **callbacks)
+
+    session = PrimarySession(loop, config, engine, store, make_peer, console.event)
+    console.watch(loop, session)
+
+    def on_signal(number: int, _frame: object) -> None:
+        console.event("signal", name=signal.Signals(number).name)
+        session.request_stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status = session.run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        loop.close()
+    console.event("ended", status=int(status), meaning=status.name.lower())
+    if session.failure is not None and status is not ExitStatus.FENCED:
+        raise session.failure
+    return int(status)
+
+
+@contextlib.contextmanager
+def _only_one(domid: int, name: str) -> Iterator[None]:
+    """Hold the lock that says this domain is being protected from this host.
+
+    The file stays: unlinking it would let two processes lock two files of one name.
+    """
+    RUN_DIR.mkdir(mode=0o755, exist_ok=True)
+    path = RUN_DIR / f"protect-{domid}.lock"
+    with open(path, "a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "?"
+            raise DomainError(f"{name} is protected already, by process {holder}: end that one first") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def _connect(options: ColoOptions, generation: int, channel_name: str) -> Channel:
+    """Open one of the two channels and introduce ourselves.
+
+    :raise PeerLost, PeerError: nobody is there, or it refused.
+    """
+    deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
+    channel = Channel.connect(options.destination, options.port, deadline_s=deadline_s, generation=generation)
+    try:
+        channel.send_control(
+            MessageType.HELLO, 0, {"versions": [VERSION], "host": socket.gethostname(), "channel": channel_name}
+        )
+        reply = channel.recv(deadline_s)
+        _expect(reply, MessageType.HELLO, options.destination)
+        channel.expect_generation(generation)
+    except BaseException:
+        channel.close()
+        raise
+    return channel
+
+
+def _expect(message: Message, kind: MessageType, host: str) -> None:
+    if message.type is MessageType.REFUSE:
+        raise PeerError(f"{host} refused: {message.fields['reason']}")
+    if message.type is not kind:
+        raise PeerError(f"{host} answered {message.type.name} where {kind.name} was expected")
+
+
+def _measure_clocks(control: Channel, clock: xenctrl.Clock) -> ClockSample:
+    """The difference of the hosts' Xen clocks, from the quickest of some exchanges."""
+    samples = []
+    for _ in range(CLOCK_PROBES):
+        sent_ns = clock.now_ns()
+        control.send_control(MessageType.CLOCK_PROBE, 0, {"sent_ns": sent_ns})
+        reply = control.recv(time.monotonic() + CONNECT_TIMEOUT_S)
+        returned_ns = clock.now_ns()
+        _expect(reply, MessageType.CLOCK_REPLY, control.peer)
+        samples.append(
+            ClockSample(sent_ns, int(reply.fields["received_ns"]), int(reply.fields["replied_ns"]), returned_ns)
+        )
+    return best_sample(samples)
+
+
+def _session_config(
+    options: ColoOptions, name: str, generation: int, control: Channel, choice: Choice, handles: list[int]
+) -> SessionConfig:
+    local, remote = control.addresses
+    same_host = local == remote or ipaddress.ip_address(remote).is_loopback
+    # VNIs have 24 bits (RFC 7348); 16 vifs of one guest follow each other.
+    first_vni = generation % (1 << 20) << 4
+    tunnels, backup_tunnels = {}, {}
+    for index, handle in enumerate(handles):
+        vni = first_vni + index
+        ours, theirs = (None, None) if same_host else (local, remote)
+        tunnels[handle] = Tunnel(vni, TUNNEL_PORT, ours, theirs)
+        backup_tunnels[handle] = Tunnel(vni, TUNNEL_PORT, theirs, ours)
+    return SessionConfig(
+        name=name,
+        mode=choice.mode,
+        heartbeat=HeartbeatConfig(options.heartbeat_interval_s, options.heartbeat_timeout_s),
+        compare=CompareConfig(compare_timeout_s=options.compare_timeout_s),
+        period_s=options.period_s or 0.0,
+        tunnels=tunnels,
+        backup_tunnels=backup_tunnels,
+        tag=f"{generation % (1 << 24) | 1 << 23:06x}",
+        same_host=same_host,
+    )

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The network of the SVM: an isolated bridge with its vif and the tunnel, and the rewriter between.
+
+::
+
+    tunnel <--> isolated bridge <--> NFQUEUE, both directions <--> vif(SVM)
+
+At failover the vif moves to the LAN's bridge; its rules, and so the rewriter, go with it by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.nft import QueueRules
+from remus_colo.adapters.packetqueue import PacketQueue
+from remus_colo.errors import RemusError
+from remus_colo.proxy.announce import AddressBook
+from remus_colo.proxy.primary_path import Tunnel, backup_ifname, primary_ifname
+from remus_colo.proxy.rewriter import Rewriter
+from remus_colo.session.loop import Loop
+
+log = logging.getLogger(__name__)
+
+QUEUE_PACKETS = 16384
+FIRST_QUEUE = 42000
+LINK_TIMEOUT_S = 10.0
+EXPIRE_S = 10.0
+ETHERTYPE_IP = 0x0800
+ETHERTYPE_ARP = 0x0806
+NO_MAC = bytes(6)
+
+
+def bridge_name(tag: str, handle: int) -> str:
+    return f"rcb{tag}.{handle}"
+
+
+class SvmVifPath:
+    """One vif of the SVM."""
+
+    def __init__(self, loop: Loop, links: Links, tag: str, handle: int) -> None:
+        self.bridge = bridge_name(tag, handle)
+        self.tunnel_ifname = backup_ifname(tag, handle)
+        self.handle = handle
+        self.vif: Vif | None = None
+        self.rewriter = Rewriter()
+        self.guest_addresses = AddressBook(NO_MAC)
+        self.client_addresses = AddressBook(NO_MAC)
+        self._tag = tag
+        self._loop = loop
+        self._links = links
+        self._from_guest: PacketQueue | None = None
+        self._to_guest: PacketQueue | None = None
+
+    def start(self, tunnel: Tunnel, mtu: int) -> None:
+        """Make bridge and tunnel; the vif comes later."""
+        links = self._links
+        links.create_isolated_bridge(self.bridge)
+        if tunnel.remote is not None and tunnel.local is not None:
+            links.create_vxlan(
+                self.tunnel_ifname,
+                vni=tunnel.vni,
+                local=tunnel.local,
+                remote=tunnel.remote,
+                port=tunnel.port,
+                mtu=mtu,
+                bridge_port=True,
+            )
+        else:
+            links.create_veth(self.tunnel_ifname, primary_ifname(self._tag, self.handle), mtu)
+        links.set_master(self.tunnel_ifname, self.bridge)
+        links.set_up(self.tunnel_ifname)
+        links.set_up(self.bridge)
+
+    def open_queues(self, vif: Vif, mac: bytes, rules: QueueRules) -> None:
+        self.vif = vif
+        self.guest_addresses = AddressBook(mac)
+        first = FIRST_QUEUE + (vif.domid * 16 + vif.handle) % 10000 * 2
+        self._from_guest = PacketQueue(first, self._packet_from_guest, QUEUE_PACKETS)
+        self._to_guest = PacketQueue(first + 1, self._packet_to_guest, QUEUE_PACKETS)
+        for queue in (self._from_guest, self._to_guest):
+            self._loop.add_reader(queue, queue.process)
+        rules.rewriter(vif.ifname, first, first + 1)
+
+    def attach(self) -> None:
+        """Put the vif, which a backend has just made anew, into its bridge. From any thread: own socket."""
+        assert self.vif is not None
+        with Links() as links:
+            links.wait_for_link(self.vif.ifname, time.monotonic() + LINK_TIMEOUT_S)
+            links.silence(self.vif.ifname)
+            links.set_master(self.vif.ifname, self.bridge)
+            links.set_up(self.vif.ifname)
+
+    def _packet_from_guest(self, packet_id: int, packet: bytes, ethertype: int) -> None:
+        queue = self._from_guest
+        assert queue is not None
+        if ethertype == ETHERTYPE_ARP:
+            self.guest_addresses.learn_arp(packet)
+        elif ethertype == ETHERTYPE_IP:
+            self.guest_addresses.learn_packet(packet)
+            changed = self.rewriter.from_guest(time.monotonic(), packet)
+            if changed is not None:
+                self._verdict(queue, packet_id, changed)
+                return
+        queue.accept(packet_id)
+
+    def _packet_to_guest(self, packet_id: int, packet: bytes, ethertype: int) -> None:
+        queue = self._to_guest
+        assert queue is not None
+        if ethertype == ETHERTYPE_IP:
+            self.client_addresses.learn_packet(packet)
+            changed = self.rewriter.to_guest(time.monotonic(), packet)
+            if changed is not None:
+                self._verdict(queue, packet_id, changed)
+                return
+        queue.accept(packet_id)
+
+    @staticmethod
+    def _verdict(queue: PacketQueue, packet_id: int, changed: bytes) -> None:
+        if changed:
+            queue.accept_modified(packet_id, changed)
+        else:
+            queue.drop(packet_id)
+
+    def open_lan(self, lan_bridge: str) -> None:
+        """The SVM is the guest now: its vif moves to the LAN, the isolated part goes."""
+        assert self.vif is not None
+        self._links.set_master(self.vif.ifname, lan_bridge)
+        self._links.delete_link(self.tunnel_ifname)
+        self._links.delete_link(self.bridge)
+
+    def close(self) -> None:
+        for queue in (self._from_guest, self._to_guest):
+            if queue is not None:
+                self._loop.remove_reader(queue)
+                queue.process()
+                queue.accept_all()
+                queue.close()
+        self._from_guest = self._to_guest = None
+        for ifname in (self.tunnel_ifname, self.bridge):
+            try:
+                self._links.delete_link(ifname)
+            except RemusError as error:
+                log.warning("while taking down %s: %s", ifname, error)
+
+
+class BackupPath:
+    """All vifs of the SVM.
+
+    :param handles: of the PVM's vifs; the SVM's are the same.
+    """
+
+    def __init__(self, loop: Loop, tag: str, handles: list[int]) -> None:
+        self.links = Links()
+        self.tag = tag
+        self.rules: QueueRules | None = None
+        self.vifs = {handle: SvmVifPath(loop, self.links, tag, handle) for handle in handles}
+        self._loop = loop
+        self._expire()
+
+    def _expire(self) -> None:
+        for path in self.vifs.values():
+            path.rewriter.expire(time.monotonic())
+        self._timer = self._loop.call_later(EXPIRE_S, self._expire)
+
+    def start(self, tunnels: dict[int, Tunnel], mtus: dict[int, int]) -> None:
+        for handle, path in self.vifs.items():
+            path.start(tunnels[handle], mtus.get(handle, 1500))
+
+    def open_queues(self, vifs: tuple[Vif, ...], macs: dict[int, bytes]) -> None:
+        """:param macs: of the guest, by vif handle."""
+        domid = vifs[0].domid if vifs else 0
+        self.rules = QueueRules(f"svm_{domid}")
+        self.rules.remove_stale()
+        for vif in vifs:
+            self.vifs[vif.handle].open_queues(vif, macs[vif.handle], self.rules)
+
+    def attach(self, vif: Vif) -> None:
+        self.vifs[vif.handle].attach()
+
+    def each(self, call: Callable[[SvmVifPath], object]) -> None:
+        for path in self.vifs.values():
+            call(path)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        for path in self.vifs.values():
+            path.close()
+        if self.rules is not None:
+            try:
+                self.rules.remove()
+            except RemusError as error:
+                log.warning("while removing the packet rules: %s", error)
+        self.links.close()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the user of ``remus`` sees: the status line, sentences for what matters, and the event log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+from remus_colo import report
+from remus_colo.session.loop import Loop
+
+if TYPE_CHECKING:
+    from remus_colo.options import ColoOptions
+    from remus_colo.session.primary import PrimarySession
+
+REFRESH_S = 0.5
+
+# Events that are told at once, as sentences; all events go to the log.
+SENTENCES = {
+    "mode": "checkpoints: {mode} ({why})",
+    "creating": "copying the guest to the backup host",
+    "resumed-in-place": "guest resumed in place after {pause_ms} ms",
+    "protected": "PROTECTED: both VMs run, equal output leaves at once",
+    "unprotected": "WARNING: UNPROTECTED: the backup is gone, the guest goes on alone",
+    "peer-lost": "WARNING: {text}",
+    "backup-error": "the backup host says: {text}",
+    "fenced": "FENCED: the backup host has taken over, the guest was stopped here",
+    "lan-conflict": "another host on the LAN speaks with the guest's address",
+    "guest-gone": "the guest has ended",
+    "signal": "{name}: ending protection",
+    "ended": "ended: {meaning}",
+}
+
+
+class Console:
+    """:param options: of the run: log file, form of the status."""
+
+    def __init__(self, options: ColoOptions, name: str) -> None:
+        self._name = name
+        self._log = report.EventLog(options.log)
+        self._status = report.open_status(sys.stdout, as_json=options.status_json)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._status.close()
+        self._log.close()
+
+    def event(self, event: str, /, **fields: Any) -> None:
+        self._log.event(event, **fields)
+        sentence = SENTENCES.get(event)
+        if sentence is not None:
+            self._status.say(f"{self._name}: {sentence.format(**fields)}")
+
+    def watch(self, loop: Loop, session: PrimarySession) -> None:
+        """Refresh the status from now on, in the loop's thread."""
+
+        def refresh() -> None:
+            self._status.update(self._stats(session), time.monotonic())
+            loop.call_later(REFRESH_S, refresh)
+
+        refresh()
+
+    def _stats(self, session: PrimarySession) -> report.Stats:
+        counters = [vif.comparator.counters for vif in session.path.vifs]
+        stats = session.stats
+        return report.Stats(
+            domain=self._name,
+            state=session.machine.state.value,
+            mode=session.engine.mode.value,
+            epoch=stats.epoch,
+            checkpoints=tuple(sorted(stats.reasons.items())),
+            pause_ms=stats.pause_s[-1] * 1000 if stats.pause_s else None,
+            pages=stats.pages if stats.pause_s else None,
+            released=session.released(),
+            held=sum(counter.held for counter in counters),
+            diverged=session.diverged(),
+            backup=session.peer.peer_state,
+            silence_s=session.peer.silence_s(),
+        )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The other host: its two channels, its messages as calls in the loop, heartbeats both ways."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from remus_colo.errors import PeerLost, RemusError
+from remus_colo.failover.heartbeat import PeerMonitor, SelfMonitor
+from remus_colo.relocation.channel import Channel
+from remus_colo.relocation.schema import MessageType
+from remus_colo.relocation.wire import Message
+from remus_colo.session.loop import Loop
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0  # how soon a reader notices that it is to end
+# A loop that has not come round for so many time-outs is stuck: saying that we live would be a lie.
+STUCK_TIMEOUTS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatConfig:
+    interval_s: float
+    timeout_s: float
+
+
+class Peer:
+    """Both channels to the other host.
+
+    :param on_message: called in the loop's thread with each message, of either channel, but heartbeats.
+    :param on_lost: called once in the loop's thread, when a channel breaks.
+    :param state: what our heartbeats say of us.
+    :param on_stream: takes a save stream's chunks, in the reader's own thread: it may block, and so slow
+        the sender down.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        control: Channel,
+        data: Channel,
+        config: HeartbeatConfig,
+        *,
+        on_message: Callable[[Message], None],
+        on_lost: Callable[[RemusError], None],
+        state: Callable[[], str],
+        on_stream: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self.loop = loop
+        self.control = control
+        self.data = data
+        self.config = config
+        self.monitor = PeerMonitor(config.timeout_s)
+        self.self_monitor = SelfMonitor(config.timeout_s * 0.75)
+        self.peer_state = ""
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_stream = on_stream
+        self._state = state
+        self._closing = threading.Event()
+        self._lost = False
+        self._lock = threading.Lock()
+        self._seen = 0  # the last sequence number of the peer's heartbeats
+        self.quiet_state: Callable[[str], bool] = lambda state: False
+
+    def start(self) -> None:
+        self.monitor.beat(time.monotonic())
+        for channel, name in ((self.control, "control"), (self.data, "data")):
+            threading.Thread(target=self._read, args=(channel,), name=f"peer-{name}", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+        self.control.close()
+        self.data.close()
+
+    def send(self, kind: MessageType, epoch: int = 0, **fields: object) -> None:
+        """A control message; a broken channel is reported through ``on_lost``, not here."""
+        try:
+            self.control.send_control(kind, epoch, fields)
+        except PeerLost as error:
+            self._report_lost(error)
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def _read(self, channel: Channel) -> None:
+        while not self._closing.is_set():
+            try:
+                message = channel.poll(time.monotonic() + POLL_S)
+            except RemusError as error:
+                if not self._closing.is_set():
+                    self._report_lost(error)
+                return
+            if message is None:
+                continue
+            with self._lock:
+                self.monitor.beat(time.monotonic())
+            if message.type is MessageType.HEARTBEAT:
+                self._heard(message)
+            elif message.type is MessageType.CREATE_STREAM and self._on_stream is not None:
+                self._on_stream(bytes(message.data))
+            else:
+                self.loop.call(lambda message=message: self._on_message(message))  # type: ignore[misc]
+
+    def _heard(self, message: Message) -> None:
+        self._seen = int(message.fields["sequence"])
+        self.peer_state = str(message.fields["state"])
+        seen = message.fields.get("seen")
+        if isinstance(seen, int) and not self.quiet_state(self.peer_state):
+            with self._lock:
+                self.self_monitor.seen(seen)
+
+    def _report_lost(self, error: RemusError) -> None:
+        def report() -> None:
+            if not self._lost and not self._closing.is_set():
+                self._lost = True
+                self._on_lost(error)
+
+        self.loop.call(report)
+
+    # -- heartbeats ------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        sequence = 0
+        while not self._closing.wait(self.config.interval_s):
+            if time.monotonic() - self.loop.turn_s > STUCK_TIMEOUTS * self.config.timeout_s:
+                continue
+            sequence += 1
+            try:
+                self.control.send_control(
+                    MessageType.HEARTBEAT,
+                    0,
+                    {"sequence": sequence, "sent_ns": time.monotonic_ns(), "state": self._state(), "seen": self._seen},
+                )
+            except RemusError as error:
+                if not self._closing.is_set():
+                    self._report_lost(error)
+                return
+            with self._lock:
+                self.self_monitor.sent(sequence, time.monotonic())
+
+    def silence_s(self) -> float:
+        with self._lock:
+            return self.monitor.silence_s(time.monotonic())
+
+    def expired(self) -> bool:
+        with self._lock:
+            return self.monitor.expired(time.monotonic())
+
+    def in_doubt(self) -> bool:
+        """Whether the backup may rightly hold this host for dead."""
+        with self._lock:
+            return self.self_monitor.in_doubt(time.monotonic())
