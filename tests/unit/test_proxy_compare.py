@@ -359,6 +359,7 @@ def test_abort_compares_both_epochs_with_the_old_svm():
     bench = Bench().connect()
     bench.s(tcp(101, 50, ACK, b"abcdef"))
     bench.s(udp(b"early"))
+    bench.s(udp(b"early", port=55))
     bench.p(tcp(101, 50, ACK, b"abX"))
     bench.p(udp(b"one", port=54))
     bench.now_s = 0.9
@@ -370,6 +371,8 @@ def test_abort_compares_both_epochs_with_the_old_svm():
     assert bench.abort() == ((4, 3), None)
     assert bench.s(udp(b"two", port=54)) == ((5,), None)
     assert bench.comparator.next_deadline_s == 3.0
+    bench.now_s = 2.5
+    assert bench.p(udp(b"early", port=55)) == ((6,), None), "what the SVM said has not aged meanwhile"
     assert bench.tick(3.0) == ((), Reason.TCP_PAYLOAD), "the difference is still there"
     assert bench.checkpoint() == (2,)
 
@@ -545,7 +548,7 @@ def test_fragments_repeat_overlap_and_lack():
 def test_fragments_that_disagree_on_being_the_last_are_never_complete():
     whole = udp(bytes(40))[20:]
     bench = Bench()
-    for packet in (ipv4(17, whole[:24], 1, 0x2000), ipv4(17, whole[24:40], 1, 3), ipv4(17, whole[24:40], 1, 0x2003),
+    for packet in (ipv4(17, whole[:24], 1, 0x2000), ipv4(17, whole[24:40], 1, 0x2003), ipv4(17, whole[24:40], 1, 3),
                    ipv4(17, whole[40:], 1, 5)):
         bench.p(packet)
     assert bench.s(udp(bytes(40))) == HOLD
