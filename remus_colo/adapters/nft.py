@@ -99,6 +99,8 @@ class QueueRules:
         return stale
 
     def _add(self, rules: Sequence[QueueRule]) -> None:
+        if os.geteuid() != 0:
+            raise HostError("cannot hold a guest's packets: run as root")
         if self.backend is None:
             self.remove_stale()
         refusal = "not tried again"

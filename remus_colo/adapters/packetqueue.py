@@ -27,7 +27,6 @@ import logging
 import os
 import socket
 import struct
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -48,13 +47,14 @@ _NETLINK_NETFILTER = 12
 _SO_RCVBUFFORCE = 33
 _NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _NLMSG_ERROR = 2
-_NLM_F_REQUEST_ACK = 0x01 | 0x04
+_NLM_F_REQUEST = 0x01
 _NFQNL_MSG_CONFIG = 3 << 8 | 2  # NFNL_SUBSYS_QUEUE, message 2
 _NFQA_CFG_PARAMS, _NFQA_CFG_MASK, _NFQA_CFG_FLAGS = 2, 4, 5
 _NFQNL_COPY_PACKET = 2
 _NFQA_CFG_F_GSO = 1 << 2
-_CONFIG_SEQUENCE = 0x434F4C4F
 _TABLE = "/proc/thread-self/net/netfilter/nfnetlink_queue"
+# Columns: queue number, port, queued, copy mode, copy range, dropped, user dropped, last id, 1 (seq_show).
+_PORT_COLUMN, _COPY_RANGE_COLUMN, _DROPPED_COLUMN, _USER_DROPPED_COLUMN = 1, 4, 5, 6
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,11 +133,15 @@ class PacketQueue:
             if taken_by is not None:
                 raise NetworkError(
                     f"packet queue {self._queue_num} is taken by another process"
-                    f" (netlink port {taken_by[1]}, often its pid): end it or choose another number"
+                    f" (netlink port {taken_by[_PORT_COLUMN]}, often its pid): end it or choose another number"
                 ) from exc
             raise HostError(f"cannot open packet queue {self._queue_num}: {exc}; run as root") from exc
         self._socket = _Receiver(self._queue.get_fd(), receive_buffer_bytes, self._max_packets)
-        self._socket.configure(self._queue_num)
+        self._socket.ask_for_whole_packets(self._queue_num)
+        # The kernel has dealt with it when send() returns, and takes the flags before the length (nfqnl_recv_config).
+        row = self._row()
+        if row is None or int(row[_COPY_RANGE_COLUMN]) != _MAX_PAYLOAD_BYTES:
+            raise NetworkError(f"packet queue {self._queue_num} does not take packets whole on this kernel")
 
     def fileno(self) -> int:
         """To be polled for reading."""
@@ -208,8 +212,7 @@ class PacketQueue:
         """Works on a closed queue, too: the last figures."""
         row = self._row()
         if row is not None:
-            # Columns: queue number, port, queued, copy mode, copy range, dropped, user dropped, last id, 1.
-            self._dropped = (int(row[5]), int(row[6]))
+            self._dropped = int(row[_DROPPED_COLUMN]), int(row[_USER_DROPPED_COLUMN])
         return QueueCounters(
             received=self._last_id,
             truncated=self._truncated,
@@ -252,7 +255,6 @@ class _Receiver:
     def __init__(self, fd: int, buffer_bytes: int, allowance: int) -> None:
         self.allowance = allowance
         self.late_verdicts = 0
-        self._waiting: deque[bytes] = deque()
         self._socket = socket.fromfd(fd, socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
 
@@ -263,14 +265,10 @@ class _Receiver:
         """One packet message.  EAGAIN if there is none, or ``allowance`` of them were given out."""
         if self.allowance <= 0:
             raise BlockingIOError(errno.EAGAIN, "enough for now")
-        message = self._waiting.popleft() if self._waiting else self._next()
-        self.allowance -= 1
-        return message
-
-    def _next(self) -> bytes:
         while True:
             message = self._read()
             if _NLMSG_HEADER.unpack_from(message)[1] != _NLMSG_ERROR:
+                self.allowance -= 1
                 return message
             self._note_error(message)
 
@@ -288,35 +286,17 @@ class _Receiver:
         if negative_errno == -errno.ENOENT:
             self.late_verdicts += 1
         elif negative_errno:
-            log.warning("a verdict was refused: %s", os.strerror(-negative_errno))
+            log.warning("a request was refused: %s", os.strerror(-negative_errno))
 
-    def configure(self, queue_num: int) -> None:
-        """Ask for whole packets and wait for the kernel's acknowledgement, keeping packets that come first.
-
-        :raise NetworkError: refused, or not answered.
-        """
+    def ask_for_whole_packets(self, queue_num: int) -> None:
+        """No acknowledgement is asked for: packets may be in front of it already, and taking them off the socket here
+        would leave them unseen by whoever polls it."""
         body = struct.pack("=BBH", socket.AF_UNSPEC, 0, socket.htons(queue_num))
         body += attribute(_NFQA_CFG_PARAMS, struct.pack(">IB", _MAX_PAYLOAD_BYTES, _NFQNL_COPY_PACKET))
         body += attribute(_NFQA_CFG_FLAGS, struct.pack(">I", _NFQA_CFG_F_GSO))
         body += attribute(_NFQA_CFG_MASK, struct.pack(">I", _NFQA_CFG_F_GSO))
-        header = _NLMSG_HEADER.pack(
-            _NLMSG_HEADER.size + len(body), _NFQNL_MSG_CONFIG, _NLM_F_REQUEST_ACK, _CONFIG_SEQUENCE, 0
-        )
-        try:
-            self._socket.send(header + body)
-            while True:
-                # The kernel answers within send(), so there is nothing to wait for.
-                message = self._read()
-                _, kind, _, sequence, _ = _NLMSG_HEADER.unpack_from(message)
-                if kind != _NLMSG_ERROR:
-                    self._waiting.append(message)
-                elif sequence == _CONFIG_SEQUENCE:
-                    break
-            (negative_errno,) = struct.unpack_from("=i", message, _NLMSG_HEADER.size)
-            if negative_errno:
-                raise OSError(-negative_errno, os.strerror(-negative_errno))
-        except OSError as exc:
-            raise NetworkError(f"cannot set up packet queue {queue_num}: {exc.strerror}") from exc
+        header = _NLMSG_HEADER.pack(_NLMSG_HEADER.size + len(body), _NFQNL_MSG_CONFIG, _NLM_F_REQUEST, 0, 0)
+        self._socket.send(header + body)
 
 
 def _ip_length(payload: bytes, ethertype: int) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 from collections.abc import Callable, Iterator
 
@@ -209,6 +210,23 @@ def test_passes_when_nobody_listens(rules: QueueRules, client: socket.socket, gu
     held.queue.close()
     send(guest, CLIENT_IP, b"after")
     assert receive(client, 1) == [b"after"]
+
+
+def test_polling_shows_all_that_waits(held: Held, guest: socket.socket) -> None:
+    """A queue is readable while there is anything to process, and no longer."""
+    held.queue.close()
+    small = Held(FROM, max_packets=3)
+    small.queue.process()
+    assert not readable(small.queue)
+    send(guest, CLIENT_IP, b"1", b"2", b"3")
+    wait_until(lambda: readable(small.queue), "a readable queue")
+    small.wait_for(3)
+    assert not readable(small.queue)
+    small.queue.close()
+
+
+def readable(queue: PacketQueue) -> bool:
+    return bool(select.select([queue], [], [], 0)[0])
 
 
 def test_close_is_idempotent_and_frees_the_number(rules: QueueRules) -> None:

@@ -35,6 +35,7 @@ def test_what_is_no_module_name(name: str) -> None:
 
 def test_missing_nft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nft.shutil, "which", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(nft.os, "geteuid", lambda: 0)
     with pytest.raises(HostError, match="install the package nftables"):
         QueueRules("test").hold_from_guest("vif1.0", 1)
 
@@ -74,6 +75,12 @@ def test_queue_numbers_out_of_range(queue: int) -> None:
 def test_queue_without_permission() -> None:
     with pytest.raises(HostError, match="run as root"):
         PacketQueue(7, lambda *_: None, 1)
+
+
+def test_rules_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nft.os, "geteuid", lambda: 65534)
+    with pytest.raises(HostError, match="run as root"):
+        QueueRules("test").hold_from_guest("vif1.0", 1)
 
 
 def test_length_by_the_ip_header() -> None:
