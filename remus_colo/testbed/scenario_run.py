@@ -141,7 +141,8 @@ class Run:
 
     def tail(self) -> str:
         """The end of what it said, for an error's message."""
-        events = "\n".join(json.dumps(event) for event in self.events[-_SHOWN_LINES:])
+        telling = [event for event in self.events if event["event"] != "counters"]
+        events = "\n".join(json.dumps(event) for event in telling[-_SHOWN_LINES:])
         printed = "\n".join(list(self.output)[-_SHOWN_LINES:])
         return f"its last events:\n{events}\nits last output:\n{printed}"
 

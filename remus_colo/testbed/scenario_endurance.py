@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Protection over many checkpoints under a mixed load: does the guest get stuck, does anything grow?
+
+What is counted on both hosts, after each piece of the load: memory that dom0 can still use, memory and open files of
+``remus`` and ``remusd``, event channels of dom0, and grants in use.  A leak of one per checkpoint shows as a
+difference of hundreds between the first reading and the last.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from remus_colo.testbed import scenario_figures
+from remus_colo.testbed.bed import Bed
+from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.network import HOSTS
+from remus_colo.testbed.scenario import Protection
+from remus_colo.testbed.scenario_run import Run
+from remus_colo.testbed.scenario_trial import LOAD, client_faults
+
+log = logging.getLogger(__name__)
+
+# A checkpoint each second besides those that the load's divergences ask for.
+PERIOD_MS = 1000
+PIECE_S = 60.0
+# What may change without being a leak: a page cache, a log's buffers, connections that come and go.
+ALLOWED = {"mem_used_kb": 40_000, "rss_kb": 30_000, "fds": 8, "event_channels": 4, "grants": 16}
+
+_COUNT = """
+awk '/^MemTotal/ {{t = $2}} /^MemAvailable/ {{a = $2}} END {{print "mem_used_kb", t - a}}' /proc/meminfo
+awk '/^VmRSS/ {{print "rss_kb", $2}}' /proc/{pid}/status
+echo fds $(ls /proc/{pid}/fd | wc -l)
+echo event_channels $(lsevtchn 0 | wc -l)
+xl dmesg -c > /dev/null; xl debug-keys g
+echo grants $(xl dmesg | grep -c ' pin$\\|localdom\\|^(XEN) \\[')
+"""
+
+
+def reading(bed: Bed, run: Run) -> dict[str, int]:
+    """Counts on the host of ``run``, whose process is looked at too."""
+    shown = bed.exec(run.host, _COUNT.format(pid=run.pid)).stdout
+    return {name: int(value) for name, value in (line.split() for line in shown.splitlines())}
+
+
+def run(bed: Bed, checkpoints: int, remus: dict[str, Any], directory: Path) -> tuple[dict[str, Any], bool]:
+    """Protect until so many checkpoints are made; the summary, and whether all went well."""
+    with Protection(bed) as protection:
+        faults: list[str] = []
+        requests = 0
+        readings: dict[str, list[dict[str, int]]] = {host: [] for host in HOSTS}
+        protection.ensure_guest()
+        before = {host: protection.state(host) for host in HOSTS}
+        daemon = protection.start_daemon()
+        primary = protection.protect(period=PERIOD_MS, **remus)
+        try:
+            while not faults:
+                result = protection.load(PIECE_S, **LOAD, random_every=5, time_every=5, udp=2)
+                requests += result["requests"]
+                faults += client_faults(result)
+                for run in (primary, daemon):
+                    readings[run.host].append(reading(bed, run))
+                made = sum(scenario_figures.checkpoints(primary.events).values())
+                log.info("%d checkpoints, %d requests; %s", made, requests, {h: r[-1] for h, r in readings.items()})
+                if made >= checkpoints:
+                    break
+            faults += [f"{host}: {growth}" for host in HOSTS for growth in growths(readings[host])]
+            status = protection.stop()
+            if status != 0:
+                faults.append(f"remus ended with status {status}")
+            daemon.stop()
+            for host in HOSTS:
+                after = protection.state(host)
+                if after != before[host]:
+                    faults.append(f"{host} is not as it was: {after.leftovers() or after}")
+        except BedError as error:
+            faults.append(str(error))
+        if faults:
+            protection.save_logs(directory)
+        pauses = scenario_figures.pauses_ms(primary.events)
+        found = {
+            "kind": "memory", "requests": requests, "checkpoints": scenario_figures.checkpoints(primary.events),
+            "pause_ms": {"p50": scenario_figures.quantile(pauses, 0.5), "p99": scenario_figures.quantile(pauses, 0.99)},
+            "readings": readings, "faults": faults,
+        }  # fmt: skip
+        for fault in faults:
+            print(f"    {fault}", flush=True)
+        return found, not faults
+
+
+def growths(readings: list[dict[str, int]]) -> list[str]:
+    """What is greater in the last reading than in the first by more than it may be."""
+    if len(readings) < 2:
+        return []
+    first, last = readings[0], readings[-1]
+    return [
+        f"{name} grew from {first[name]} to {last[name]}"
+        for name, allowed in ALLOWED.items()
+        if last[name] - first[name] > allowed
+    ]

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Many failovers in a row, or many checkpoints: ``python3 -m remus_colo.testbed.soak -n 10 --kind primary``.
+
+``primary`` and ``backup`` kill that host at a random moment under load, ``mixed`` the two in turn, each time with
+both hosts booted anew; ``memory`` kills nobody, but goes on until so many checkpoints are made, and looks for what
+grows.  Prints a table, and as the last line one JSON object.  Exit status 0 only if nothing went wrong; the logs of
+what did are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from remus_colo.errors import RemusError
+from remus_colo.testbed import machine, scenario_endurance, scenario_trial
+from remus_colo.testbed.bed import Bed, Options
+from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection, fresh
+from remus_colo.testbed.scenario_figures import table
+from remus_colo.testbed.scenario_trial import Outcome, Plan
+
+KINDS = ("primary", "backup", "mixed", "memory")
+DEFAULT_COUNT = {"memory": 300}
+KILL_EARLIEST_S, KILL_LATEST_S = 2.0, 25.0
+AFTERWARDS_S = 20.0
+_HEADING = ("", "killed", "at s", "mode", "requests", "errors", "resets", "wrong", "lost", "repeated", "gap ms",
+            "failover ms", "checkpoints", "released", "verdict")  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+
+def _row(number: int, plan: Plan, outcome: Outcome | None) -> tuple[object, ...]:
+    if outcome is None:
+        return (number, plan.kind, round(plan.kill_after_s, 1), *([None] * 11), "not tried")
+    load = outcome.load
+    return (
+        number, plan.kind, round(plan.kill_after_s, 1), outcome.mode, load["requests"], load["errors"], load["resets"],
+        load["wrong_bytes"], load["lost_writes"], load["repeated_writes"], round(load["longest_gap_ms"]),
+        outcome.failover_ms, sum(outcome.checkpoints.values()), outcome.released_without_checkpoint,
+        "FAILED" if outcome.faults else "ok",
+    )  # fmt: skip
+
+
+def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[dict[str, Any], bool]:
+    """The series; its summary, and whether all went well."""
+    chance = random.Random(options.seed)
+    rows: list[tuple[object, ...]] = [_HEADING]
+    runs = []
+    for number in range(1, options.n + 1):
+        kind = options.kind if options.kind != "mixed" else ("primary", "backup")[number % 2]
+        after_s = chance.uniform(KILL_EARLIEST_S, KILL_LATEST_S)
+        load = {"random_every": 5, "udp": 2}
+        plan = Plan(kind, after_s, after_s + AFTERWARDS_S, load, _remus_options(options))
+        outcome, faults = _try(bed, options, plan, directory / f"{number}")
+        rows.append(_row(number, plan, outcome))
+        figures = {"number": number, "kind": kind, "kill_after_s": round(after_s, 2), "faults": faults}
+        if outcome is not None:
+            figures |= {
+                "mode": outcome.mode,
+                **{key: outcome.load[key] for key in ("requests", "errors", "resets", "wrong_bytes", "lost_writes",
+                                                      "repeated_writes", "longest_gap_ms")},
+                "failover_ms": outcome.failover_ms, "checkpoints": outcome.checkpoints,
+                "released_without_checkpoint": outcome.released_without_checkpoint,
+            }  # fmt: skip
+        runs.append(figures)
+        print(table([_HEADING, rows[-1]]), flush=True)
+        for fault in faults:
+            print(f"    {fault}", flush=True)
+    print("\n" + table(rows))
+    failed = [run["number"] for run in runs if run["faults"]]
+    found = {"kind": options.kind, "seed": options.seed, "skew_s": options.skew, "failed": failed, "runs": runs,
+             "heartbeat_timeout_ms": HEARTBEAT_TIMEOUT_MS}  # fmt: skip
+    return found, not failed
+
+
+def _try(bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path) -> tuple[Outcome | None, list[str]]:
+    """One failover with both hosts booted anew."""
+    fresh(bed, Options(skew_s=options.skew))
+    with Protection(bed) as protection:
+        outcome = None
+        try:
+            outcome = scenario_trial.run(protection, plan)
+            faults = outcome.faults
+        except BedError as error:
+            faults = [str(error)]
+        if faults:
+            protection.save_logs(directory)
+        return outcome, faults
+
+
+def _remus_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {"checkpoint": options.checkpoint} if options.checkpoint else {}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.soak", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("-n", type=int, metavar="N", help="failovers (10), or checkpoints (300) for memory")
+    add("--kind", choices=KINDS, default="primary", help="what happens (default: %(default)s)")
+    add("--bed", default="soak", metavar="NAME", help="bed to use; made anew each time (default: %(default)s)")
+    add("--seed", type=int, default=None, help="of the random moments; printed, to repeat a run")
+    add("--skew", type=float, default=0.0, metavar="S", help="backup's Xen time minus primary's")
+    add("--checkpoint", choices=("transparent", "cooperative", "auto"), help="as for remus")
+    add("--logs", type=Path, metavar="DIR", help="where to keep the logs of what went wrong (a new directory in /tmp)")
+    options = parser.parse_args(arguments)
+    options.n = options.n or DEFAULT_COUNT.get(options.kind, 10)
+    options.seed = int(time.time()) if options.seed is None else options.seed
+    directory = options.logs or Path(tempfile.mkdtemp(prefix="remus_colo-soak-"))
+    logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit_on_signal)
+    print(f"{options.n} of kind {options.kind}, seed {options.seed}; logs of what goes wrong: {directory}", flush=True)
+    try:
+        machine.setup()
+        bed = Bed(options.bed)
+        try:
+            if options.kind == "memory":
+                fresh(bed, Options(skew_s=options.skew))
+                found, well = scenario_endurance.run(bed, options.n, _remus_options(options), directory)
+            else:
+                found, well = failovers(bed, options, directory)
+        finally:
+            bed.down()
+    except RemusError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return int(error.exit_status)
+    except KeyboardInterrupt:
+        return 130
+    print(json.dumps(found), flush=True)
+    return 0 if well else 1
+
+
+def _exit_on_signal(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
