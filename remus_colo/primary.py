@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from remus_colo.adapters import kmod, toolstack, xenctrl, xentime
+from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.guestinfo import GuestLayout, refuse_config, refuse_guest
 from remus_colo.checkpoint.mode import Choice, choose
@@ -66,6 +66,7 @@ def run(options: ColoOptions) -> int:
         refuse_guest(name, guest.info(), guest, store)
         for module, purpose in MODULES:
             kmod.load(module, purpose)
+        backend.mount_debugfs()
         layout = GuestLayout.read(guest, store)
         clock = xentime.host_clock()
         engine = PvmEngine(guest, store, layout, clock)
@@ -198,4 +199,6 @@ def _session_config(
         backup_tunnels=backup_tunnels,
         tag=f"{generation % (1 << 24) | 1 << 23:06x}",
         same_host=same_host,
+        destination=options.destination,
+        fence=options.fence,
     )

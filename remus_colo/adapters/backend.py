@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 import os
+import re
+import subprocess
 from dataclasses import dataclass
 
 from remus_colo.adapters.xenstore import Store
@@ -143,3 +145,47 @@ def bind(vif: Vif) -> None:
     """Let the backend driver find the device again; its network interface is made anew."""
     if not is_bound(vif):
         _sysfs("bind", vif)
+
+
+_DEBUGFS = "/sys/kernel/debug"
+_IO_RING = _DEBUGFS + "/xen-netback/{ifname}/io_ring_q0"
+_RX_CONSUMER = re.compile(r"RX:.*?cons \d+ \((-?\d+)\)", re.DOTALL)
+_RX_QUEUED = re.compile(r"Rx internal queue: .*?pkts (\d+)")
+
+
+def mount_debugfs() -> None:
+    """Have debugfs where it belongs, for :func:`input_idle`.
+
+    :raise HostError: this kernel or its lockdown does not allow it.
+    """
+    if os.path.isdir(f"{_DEBUGFS}/xen-netback"):
+        return
+    done = subprocess.run(
+        ("mount", "-t", "debugfs", "debugfs", _DEBUGFS), capture_output=True, text=True, timeout=10, check=False
+    )
+    if not os.path.isdir(f"{_DEBUGFS}/xen-netback"):
+        reason = done.stderr.strip() or "netback has no folder there"
+        raise HostError(
+            f"cannot see the state of the network backends in {_DEBUGFS} ({reason}): mount debugfs there "
+            "and use a kernel that is not locked down to confidentiality"
+        )
+
+
+def input_idle(vif: Vif) -> bool:
+    """Whether the backend has handed over all that it has taken for the guest.
+
+    Linux's netback tells in debugfs (``xenvif_read_io_ring`` in its xenbus.c) how many packets it has queued, and how
+    many requests it has consumed but not answered.
+
+    :raise XenError: it does not tell.
+    """
+    path = _IO_RING.format(ifname=vif.ifname)
+    try:
+        with open(path, encoding="ascii") as ring:
+            text = ring.read()
+    except OSError as error:
+        raise XenError(f"cannot read {path}: {error.strerror}", operation="debugfs", domid=vif.domid) from error
+    consumed, queued = _RX_CONSUMER.search(text), _RX_QUEUED.search(text)
+    if consumed is None or queued is None:
+        raise XenError(f"{path} is not what was expected", operation="debugfs", domid=vif.domid)
+    return consumed[1] == "0" and queued[1] == "0"

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import socket
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from remus_colo.errors import HostError, NetworkError, StateError
@@ -23,6 +24,7 @@ _PACKET_IGNORE_OUTGOING = 23
 _PACKET_OUTGOING = 4
 _SO_RCVBUFFORCE = 33
 _SO_ATTACH_FILTER = 26
+_BPF_REJECT = (0x06, 0, 0, 0)  # return 0 bytes
 
 
 class Frame(NamedTuple):
@@ -127,18 +129,15 @@ class RawLink:
     def _only(self, ethertype: int) -> None:
         """Let the kernel drop other frames.  Binding to an ethertype will not do: a bridge takes the frames of
         its ports before such sockets see them (``__netif_receive_skb_core``: rx_handler comes first)."""
-        program = b"".join(  # <linux/filter.h>: code, jump if true, jump if false, operand
-            struct.pack("=HBBI", *instruction)
-            for instruction in (
+        _attach_filter(
+            self._socket,
+            (
                 (0x28, 0, 0, 12),  # load the 16-bit ethertype
                 (0x15, 0, 1, ethertype),
                 (0x06, 0, 0, 0xFFFFFFFF),  # the whole frame
-                (0x06, 0, 0, 0),
-            )
+                _BPF_REJECT,
+            ),
         )
-        code = ctypes.create_string_buffer(program)
-        sock_fprog = struct.pack("HL", len(program) // 8, ctypes.addressof(code))
-        self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, sock_fprog)
 
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:
@@ -148,3 +147,40 @@ class RawLink:
         # The kernel unbinds the socket from a link that goes away; the name is then empty.
         if not self._socket.getsockname()[0]:
             raise NetworkError(f"the link {self._ifname} was deleted")
+
+
+def _attach_filter(sock: socket.socket, instructions: Sequence[tuple[int, int, int, int]]) -> None:
+    """Have the kernel run a filter: code, jump if true, jump if false, operand (<linux/filter.h>)."""
+    program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+    code = ctypes.create_string_buffer(program)
+    sock_fprog = struct.pack("HL", len(instructions), ctypes.addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, sock_fprog)
+
+
+class CopyingTap:
+    """Makes the kernel copy each frame that comes in over a link, instead of passing a guest's own pages on.
+
+    A Xen backend answers a guest's transmit request when the frame has been freed.  Held frames would keep the
+    requests of a vif open, and its shared ring could never be idle for a checkpoint.  With a packet socket on
+    the link, one that accepts nothing, the kernel copies the pages first (``deliver_skb`` of net/core/dev.c:
+    ``skb_orphan_frags_rx``), and the request is answered at once.
+    """
+
+    def __init__(self, ifname: str) -> None:
+        """:raise NetworkError: there is no such link.
+        :raise HostError: no permission.
+        """
+        try:
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        except OSError as exc:
+            raise HostError(f"cannot tap {ifname}: {exc.strerror}; run as root") from exc
+        try:
+            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            _attach_filter(self._socket, (_BPF_REJECT,))
+            self._socket.bind((ifname, ETHERTYPE_ALL))
+        except OSError as exc:
+            self._socket.close()
+            raise NetworkError(f"cannot tap {ifname}: {exc.strerror}") from exc
+
+    def close(self) -> None:
+        self._socket.close()

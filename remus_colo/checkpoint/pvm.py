@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
 from dataclasses import dataclass, field
@@ -27,7 +28,9 @@ log = logging.getLogger(__name__)
 SUSPEND_TIMEOUT_S = 60.0  # a guest that has not suspended by then never will; emulated hosts need seconds
 BACKEND_TIMEOUT_S = 20.0
 RING_TIMEOUT_S = 0.05  # netback answers within microseconds unless a packet is held elsewhere
-STORE_RING_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 5.0
+INPUT_TIMEOUT_S = 0.1  # a guest that does not take its input now is itself the bottleneck
+EVENT_TIMEOUT_S = 1.0
 FIRST_CAPACITY_PAGES = 8192
 
 
@@ -108,19 +111,23 @@ class PvmEngine:
         )
 
     def uses_two_level_events(self) -> bool:
-        """Whether the guest uses the 2-level event channel ABI, found out by an event.
+        """Whether the guest uses the 2-level event channel ABI, and not FIFO.
 
-        The guest is paused, xenstored is made to notify it, and the port's bit in the shared_info page
-        tells: FIFO events are kept elsewhere.  What makes xenstored notify it is an empty request in
+        A guest since its boot tells by its masks.  In one that was restored they are all clear, and an event
+        tells: it is paused, xenstored is made to notify it, and the port's bit in the shared_info page is set
+        or is not, as FIFO events are kept elsewhere.  What makes xenstored notify it is an empty request in
         ``control/shutdown``, which a guest watches and which asks for nothing (public xenstore-paths document).
         """
+        gfn = self.guest.info().shared_info_gfn
+        self.guest.remap(gfn)
+        page = self.guest.page(gfn)
+        if sharedinfo.masks_unbound_ports(page):
+            return True
         port = self.guest.hvm_param(HVM_PARAM_STORE_EVTCHN)
         self.guest.pause()
         try:
-            self.guest.remap(self.guest.info().shared_info_gfn)
-            page = self.guest.page(self.guest.info().shared_info_gfn)
             self.store.write(self._shutdown_node, "")
-            deadline_s = time.monotonic() + STORE_RING_TIMEOUT_S
+            deadline_s = time.monotonic() + EVENT_TIMEOUT_S
             while not sharedinfo.is_pending(page, port):
                 if time.monotonic() > deadline_s:
                     return False
@@ -202,38 +209,57 @@ class PvmEngine:
             self._mapped_for = key
         self._buffers.reserve(FIRST_CAPACITY_PAGES)
 
+    def drain_input(self) -> bool:
+        """Let the backends hand over what they have taken for the guest; nothing new comes, and the guest runs.
+
+        What stays behind in a backend reaches the PVM but not the copy, and the VMs diverge. True if nothing did.
+        """
+        deadline_s = time.monotonic() + INPUT_TIMEOUT_S
+        while not all(backend.input_idle(vif) for vif in self.layout.vifs):
+            if time.monotonic() > deadline_s:
+                return False
+            time.sleep(0.001)  # the backend tells its state, not changes of it
+        return True
+
     def stop(self) -> None:
         """Stop the PVM: a pause, or its own suspend.
 
-        :raise DomainError: if it cannot be stopped where a copy would be whole.
+        A copy is whole only if nothing is under way between the guest and this host that the copy would not
+        show: a request to xenstored, whose ring does not travel, and requests to a backend, which answers in
+        any order, in place of the requests, so that no other backend can take the ring over from there.
+
+        :raise DomainError: if no such moment was found.
         """
         if self.mode is Mode.COOPERATIVE:
-            self.suspend()
+            self.suspend()  # the guest itself comes to rest first
             self._stopped = True
             return
-        deadline_s = time.monotonic() + STORE_RING_TIMEOUT_S
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
         while True:
             self.guest.pause()
             self._stopped = True
-            if sharedinfo.store_ring_idle(self.guest.page(self.layout.store_gfn)):
+            busy = self._busy()
+            if busy is None:
                 return
-            # A request of the guest's to xenstored is under way, and the ring does not travel: the copy
-            # would wait for ever for the reply.
             self.guest.unpause()
             self._stopped = False
             if time.monotonic() > deadline_s:
-                raise DomainError("the guest talks to xenstore without a pause: no moment for a checkpoint was found")
-            time.sleep(0.002)
+                raise DomainError(f"no moment for a checkpoint was found within {STOP_TIMEOUT_S:g} s: {busy}")
+            time.sleep(0.002)  # let the guest go on for a while
 
-    def await_rings(self) -> bool:
-        """Let the backends finish what the stopped guest had asked for. True if all rings are idle."""
-        deadline_s = time.monotonic() + RING_TIMEOUT_S
+    def _busy(self) -> str | None:
+        """What is under way while the guest is paused, None if nothing is."""
+        if not sharedinfo.store_ring_idle(self.guest.page(self.layout.store_gfn)):
+            return "the guest is talking to xenstore"
         pages = [self.guest.page(gfns[0]) for gfns in self._find_rings().values()]
-        while not all(sharedinfo.ring_idle(page) for page in pages):
+        deadline_s = time.monotonic() + RING_TIMEOUT_S
+        while not (
+            all(sharedinfo.ring_idle(page) for page in pages) and all(backend.input_idle(vif) for vif in self.layout.vifs)
+        ):
             if time.monotonic() > deadline_s:
-                return False
+                return "a network backend has not answered the guest's requests"
             time.sleep(0.0005)
-        return True
+        return None
 
     def _find_rings(self) -> dict[int, list[int]]:
         """Per vif handle the gfns of its rings, transmit first."""
@@ -261,20 +287,26 @@ class PvmEngine:
         guest = self.guest
         info = guest.info()
         bitmap = bytearray(guest.nr_gfns // 8)
+        # The rings first: a backend that still answers then does so where this copy does not show it, and all
+        # data that the copy does show was written before, and so is in the dirty log that is read next.
+        rings = {gfn: bytes(guest.page(gfn)) for gfns in self._find_rings().values() for gfn in gfns}
         guest.take_dirty(bitmap)
         xenctrl.bitmap_or(bitmap, dirty_too[: len(bitmap)].ljust(len(bitmap), b"\0"))
         frames = guest.map_grants()
         # What Xen and the backends write is in no dirty log.
         guest.mark_writable_grants(bitmap)
-        for gfns in self._find_rings().values():
-            for gfn in gfns:
-                bitmap[gfn // 8] |= 1 << gfn % 8
+        for gfn in rings:
+            bitmap[gfn // 8] |= 1 << gfn % 8
         bitmap[info.shared_info_gfn // 8] |= 1 << info.shared_info_gfn % 8
         for gfn in self.layout.private_gfns:
             bitmap[gfn // 8] &= ~(1 << gfn % 8) & 0xFF
         wanted = xenctrl.bitmap_count(bitmap)
         self._buffers.reserve(wanted)
         count = guest.collect(bitmap, self._buffers.gfns, self._buffers.pages)
+        numbers = memoryview(self._buffers.gfns).cast("Q")[:count]
+        for gfn, page in rings.items():
+            index = bisect.bisect_left(numbers, gfn)
+            self._buffers.pages[index * PAGE_SIZE : (index + 1) * PAGE_SIZE] = page
         return Snapshot(
             epoch=epoch,
             gfns=self._buffers.gfns,

@@ -34,6 +34,11 @@ def is_pending(shared_info: memoryview, port: int) -> bool:
     return bool(shared_info[PENDING_OFFSET + port // 8] >> port % 8 & 1)
 
 
+def masks_unbound_ports(shared_info: memoryview) -> bool:
+    """Whether ports that cannot be in use are masked: Linux does so at boot with the 2-level ABI, and only then."""
+    return any(shared_info[MASK_OFFSET + 256 : MASK_OFFSET + 512])
+
+
 def _check_port(port: int) -> None:
     if not 0 <= port < PORTS_2L:
         raise ValueError(f"port {port} does not exist in the 2-level event channel ABI")

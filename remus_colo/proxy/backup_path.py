@@ -18,7 +18,9 @@ from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import PacketQueue
+from remus_colo.adapters.rawlink import RawLink
 from remus_colo.errors import RemusError
+from remus_colo.proxy import announce, headers
 from remus_colo.proxy.announce import AddressBook
 from remus_colo.proxy.primary_path import Tunnel, backup_ifname, primary_ifname
 from remus_colo.proxy.rewriter import Rewriter
@@ -33,6 +35,7 @@ EXPIRE_S = 10.0
 ETHERTYPE_IP = 0x0800
 ETHERTYPE_ARP = 0x0806
 NO_MAC = bytes(6)
+LOCAL_MAC = bytes.fromhex("020000000001")  # locally administered: nobody answers to it
 
 
 def bridge_name(tag: str, handle: int) -> str:
@@ -51,6 +54,7 @@ class SvmVifPath:
         self.guest_addresses = AddressBook(NO_MAC)
         self.client_addresses = AddressBook(NO_MAC)
         self._tag = tag
+        self._mac = NO_MAC
         self._loop = loop
         self._links = links
         self._from_guest: PacketQueue | None = None
@@ -79,6 +83,7 @@ class SvmVifPath:
     def open_queues(self, vif: Vif, mac: bytes, rules: QueueRules) -> None:
         self.vif = vif
         self.guest_addresses = AddressBook(mac)
+        self._mac = mac
         first = FIRST_QUEUE + (vif.domid * 16 + vif.handle) % 10000 * 2
         self._from_guest = PacketQueue(first, self._packet_from_guest, QUEUE_PACKETS)
         self._to_guest = PacketQueue(first + 1, self._packet_to_guest, QUEUE_PACKETS)
@@ -103,6 +108,8 @@ class SvmVifPath:
         elif ethertype == ETHERTYPE_IP:
             self.guest_addresses.learn_packet(packet)
             changed = self.rewriter.from_guest(time.monotonic(), packet)
+            for held in self.rewriter.take_held():
+                self._give(held)
             if changed is not None:
                 self._verdict(queue, packet_id, changed)
                 return
@@ -119,10 +126,23 @@ class SvmVifPath:
                 return
         queue.accept(packet_id)
 
+    def _give(self, packet: bytes) -> None:
+        """Give the guest a packet that the rewriter had kept back: past the bridge, straight into the vif."""
+        assert self.vif is not None
+        try:
+            with RawLink(self.vif.ifname) as raw:
+                raw.send(announce.ethernet(self._mac, LOCAL_MAC, ETHERTYPE_IP, packet))
+        except RemusError as error:
+            log.debug("a packet kept back was lost: %s", error)
+
     @staticmethod
     def _verdict(queue: PacketQueue, packet_id: int, changed: bytes) -> None:
         if changed:
-            queue.accept_modified(packet_id, changed)
+            # The kernel may not have filled the checksum in yet, and takes a changed packet's as it is.
+            whole = bytearray(changed)
+            if start := headers.tcp_start(whole):
+                headers.fill_tcp_checksum(whole, start)
+            queue.accept_modified(packet_id, bytes(whole))
         else:
             queue.drop(packet_id)
 

@@ -25,7 +25,7 @@ from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import PacketQueue
-from remus_colo.adapters.rawlink import RawLink
+from remus_colo.adapters.rawlink import CopyingTap, RawLink
 from remus_colo.errors import NetworkError, RemusError
 from remus_colo.proxy.comparator import CheckpointRequest, CompareConfig, Comparator, Decision, Reason
 from remus_colo.session.loop import Loop, Timer
@@ -35,6 +35,18 @@ log = logging.getLogger(__name__)
 PLUG_LIMIT_BYTES = 64 << 20  # input of one checkpoint at 10 Gbit/s for 50 ms
 QUEUE_PACKETS = 16384  # what the kernel holds at most; the comparator asks for a checkpoint long before
 FIRST_QUEUE = 20000  # queue numbers below are people's own
+
+COUNTERS = (
+    "released_equal",
+    "released_commit",
+    "released_passed",
+    "diverged",
+    "held",
+    "held_bytes",
+    "secondary_seen",
+    "secondary_dropped",
+    "malformed",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +97,7 @@ class VifPath:
         self._mirror = Plug(links, ifname, PLUG_LIMIT_BYTES)
         self._queue: PacketQueue | None = None
         self._raw: RawLink | None = None
+        self._tap: CopyingTap | None = None
         self._timer: Timer | None = None
         self._protecting = False
         self._lost_packets = 0
@@ -97,6 +110,7 @@ class VifPath:
         self._links.set_up(self.ifname)
         self._mirror.install()
         self._input.install()
+        self._tap = CopyingTap(self.vif.ifname)
         self._raw = RawLink(self.ifname)
         self._loop.add_reader(self._raw, self.read_secondary)
         self._queue = PacketQueue(self.queue_number, self._on_packet, QUEUE_PACKETS)
@@ -104,8 +118,9 @@ class VifPath:
         rules.hold_from_guest(self.vif.ifname, self.queue_number)
         self._links.mirror_egress(self.vif.ifname, self.ifname)
 
-    def counter(self, name: str) -> int:
-        return int(getattr(self.comparator.counters, name))
+    def counters(self) -> dict[str, int]:
+        counters = self.comparator.counters
+        return {name: int(getattr(counters, name)) for name in COUNTERS}
 
     # -- packets ---------------------------------------------------------------------------------------
 
@@ -236,6 +251,7 @@ class VifPath:
             *((lambda: self._queue and self._queue.accept_all(),) if not drop_held else ()),
             lambda: self._queue and self._queue.close(),
             lambda: self._raw and self._raw.close(),
+            lambda: self._tap and self._tap.close(),
             lambda: self._links.delete_link(self.ifname),
         ):
             try:

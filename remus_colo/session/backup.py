@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 import queue
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from remus_colo.checkpoint.mode import MAX_BEHIND_NS
 from remus_colo.checkpoint.svm import Received, SvmEngine
 from remus_colo.checkpoint.transfer import Assembler
 from remus_colo.errors import DomainError, ExitStatus, MessageError, RemusError, XenError
-from remus_colo.failover.arbiter import LanProbe, Verdict, hook_verdict
+from remus_colo.failover.arbiter import LanProbe, Verdict
 from remus_colo.failover.backup import BackupAction as A
 from remus_colo.failover.backup import BackupEvent as E
 from remus_colo.failover.backup import BackupMachine, BackupState, UnknownPolicy
@@ -37,16 +36,16 @@ from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.proxy.primary_path import Tunnel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session.fence import run_hook
 from remus_colo.session.lan import ipv4_of, mac_bytes, probe_guest
 from remus_colo.session.loop import Loop
-from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.peer import PROBE_WINDOW, HeartbeatConfig, Peer
 
 log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 1.0
 ANNOUNCE_REPEATS = 3
 ANNOUNCE_INTERVAL_S = 0.5
-HOOK_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,19 +431,12 @@ class BackupSession:
     def _judge(self) -> Verdict:
         """In a thread: the fencing hook if there is one, else whether the guest still answers on the LAN."""
         if self.config.fence:
-            try:
-                done = subprocess.run(
-                    self.config.fence, timeout=HOOK_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
-                )
-                return hook_verdict(done.returncode)
-            except (OSError, subprocess.TimeoutExpired) as error:
-                log.error("the fencing hook %s gave no answer: %s", self.config.fence[0], error)
-                return hook_verdict(None)
+            return run_hook(self.config.fence, self.creation.name, self.peer.control.peer)
         assert self.path is not None and self.engine is not None
         if not self.engine.layout.vifs:
             return Verdict.UNKNOWN
         verdicts = []
-        window_s = max(0.4, self.creation.heartbeat.timeout_s / 2)
+        window_s = self.creation.heartbeat.timeout_s * PROBE_WINDOW
         for vif in self.engine.layout.vifs:
             path = self.path.vifs[vif.handle]
             bridge = self._lan_bridge(vif.handle)
@@ -487,7 +479,9 @@ class BackupSession:
     def _open_lan(self) -> None:
         assert self.path is not None and self.engine is not None
         for vif in self.engine.layout.vifs:
-            self.path.vifs[vif.handle].open_lan(self._lan_bridge(vif.handle))
+            path = self.path.vifs[vif.handle]
+            path.rewriter.stop_learning()
+            path.open_lan(self._lan_bridge(vif.handle))
             self.store.write(f"{vif.backend}/bridge", self._lan_bridge(vif.handle))
         self._event("active", domid=self.domid)
         log.warning("%s: the primary is gone, domain %s is the guest now", self.creation.name, self.domid)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from remus_colo.session.primary import PrimarySession
 
 REFRESH_S = 0.5
+COUNT_S = 1.0
 
 # Events that are told at once, as sentences; all events go to the log.
 SENTENCES = {
@@ -64,10 +65,15 @@ class Console:
             self._status.update(self._stats(session), time.monotonic())
             loop.call_later(REFRESH_S, refresh)
 
+        def count() -> None:
+            self._log.event("counters", **session.packet_counters(), silence_ms=round(session.peer.silence_s() * 1000))
+            loop.call_later(COUNT_S, count)
+
         refresh()
+        count()
 
     def _stats(self, session: PrimarySession) -> report.Stats:
-        counters = [vif.comparator.counters for vif in session.path.vifs]
+        counters = session.packet_counters()
         stats = session.stats
         return report.Stats(
             domain=self._name,
@@ -77,9 +83,9 @@ class Console:
             checkpoints=tuple(sorted(stats.reasons.items())),
             pause_ms=stats.pause_s[-1] * 1000 if stats.pause_s else None,
             pages=stats.pages if stats.pause_s else None,
-            released=session.released(),
-            held=sum(counter.held for counter in counters),
-            diverged=session.diverged(),
+            released=counters["released_equal"] + counters["released_commit"],
+            held=counters["held"],
+            diverged=counters["diverged"],
             backup=session.peer.peer_state,
             silence_s=session.peer.silence_s(),
         )

@@ -21,6 +21,11 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0  # how soon a reader notices that it is to end
 # A loop that has not come round for so many time-outs is stuck: saying that we live would be a lie.
 STUCK_TIMEOUTS = 4.0
+# Of the time-out. A gap between our heartbeats shorter than the first cannot have made the other host think that
+# we are dead; a LAN probe that is silent for the second, which must be longer, can.
+SELF_LIMIT = 0.4
+PROBE_WINDOW = 0.5
+BYE_TIMEOUT_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class Peer:
     :param on_message: called in the loop's thread with each message, of either channel, but heartbeats.
     :param on_lost: called once in the loop's thread, when a channel breaks.
     :param state: what our heartbeats say of us.
+    :param beats: whether heartbeats are to be sent: a host that protects no more must not keep the other waiting.
     :param on_stream: takes a save stream's chunks, in the reader's own thread: it may block, and so slow
         the sender down.
     """
@@ -49,6 +55,7 @@ class Peer:
         on_message: Callable[[Message], None],
         on_lost: Callable[[RemusError], None],
         state: Callable[[], str],
+        beats: Callable[[], bool] = lambda: True,
         on_stream: Callable[[bytes], None] | None = None,
     ) -> None:
         self.loop = loop
@@ -56,12 +63,13 @@ class Peer:
         self.data = data
         self.config = config
         self.monitor = PeerMonitor(config.timeout_s)
-        self.self_monitor = SelfMonitor(config.timeout_s * 0.75)
+        self.self_monitor = SelfMonitor(config.timeout_s * SELF_LIMIT)
         self.peer_state = ""
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_stream = on_stream
         self._state = state
+        self._beats = beats
         self._closing = threading.Event()
         self._lost = False
         self._lock = threading.Lock()
@@ -81,8 +89,9 @@ class Peer:
 
     def send(self, kind: MessageType, epoch: int = 0, **fields: object) -> None:
         """A control message; a broken channel is reported through ``on_lost``, not here."""
+        deadline_s = time.monotonic() + BYE_TIMEOUT_S if kind is MessageType.BYE else None
         try:
-            self.control.send_control(kind, epoch, fields)
+            self.control.send_control(kind, epoch, fields, deadline_s=deadline_s)
         except PeerLost as error:
             self._report_lost(error)
 
@@ -128,7 +137,7 @@ class Peer:
     def _beat(self) -> None:
         sequence = 0
         while not self._closing.wait(self.config.interval_s):
-            if time.monotonic() - self.loop.turn_s > STUCK_TIMEOUTS * self.config.timeout_s:
+            if not self._beats() or time.monotonic() - self.loop.turn_s > STUCK_TIMEOUTS * self.config.timeout_s:
                 continue
             sequence += 1
             try:

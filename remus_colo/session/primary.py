@@ -21,6 +21,7 @@ from remus_colo.checkpoint import birth, transfer
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.checkpoint.pvm import PvmEngine, Snapshot
 from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
+from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import DECIDING
 from remus_colo.failover.primary import PrimaryAction as A
 from remus_colo.failover.primary import PrimaryEvent as E
@@ -29,6 +30,7 @@ from remus_colo.proxy.comparator import CheckpointRequest, CompareConfig, Reason
 from remus_colo.proxy.primary_path import PrimaryPath, Tunnel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session.fence import run_hook
 from remus_colo.session.lan import LanWatch
 from remus_colo.session.loop import Loop, Timer
 from remus_colo.session.peer import HeartbeatConfig, Peer
@@ -57,6 +59,8 @@ class SessionConfig:
     backup_tunnels: dict[int, Tunnel]
     tag: str
     same_host: bool
+    destination: str
+    fence: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -97,7 +101,8 @@ class PrimarySession:
         self.failure: RemusError | None = None
         self._event = event
         self.peer = make_peer(
-            loop, config.heartbeat, on_message=self._on_message, on_lost=self._on_lost, state=lambda: self.machine.state.value
+            loop, config.heartbeat, on_message=self._on_message, on_lost=self._on_lost, state=lambda: self.machine.state.value,
+            beats=lambda: self.machine.beats,
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path = PrimaryPath(loop, engine.layout.vifs, config.tag, config.compare, self._on_request)
@@ -214,7 +219,8 @@ class PrimarySession:
             return
         self._peer_lost = True
         self._peer_failure = self._peer_failure or PeerLost(reason)
-        doubt = self.peer.in_doubt() or self._lan.conflict()
+        # A hook at the backup may be switching this host off, however well we feel.
+        doubt = bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict()
         self._handle(E.BACKUP_LOST_IN_DOUBT if doubt else E.BACKUP_LOST, reason=reason)
 
     def _check_peer(self) -> None:
@@ -242,8 +248,14 @@ class PrimarySession:
             else:
                 self._handle(E.BACKUP_ACTIVE if active else E.BACKUP_INACTIVE)
 
-        window_s = max(0.5, self.config.heartbeat.timeout_s)
-        self.loop.thread("arbiter", lambda: self._lan.secondary_active(window_s), decided)
+        self.loop.thread("arbiter", self._judge, decided)
+
+    def _judge(self) -> bool | None:
+        """In a thread: is the SVM active? None if nobody can tell."""
+        if self.config.fence:
+            verdict = run_hook(self.config.fence, self.config.name, self.config.destination)
+            return {Verdict.DEAD: False, Verdict.ALIVE: True}.get(verdict)
+        return self._lan.secondary_active(self.config.heartbeat.timeout_s)
 
     # -- the SVM's birth -----------------------------------------------------------------------------------
 
@@ -373,6 +385,7 @@ class PrimarySession:
         dirty = bytes(message.data)
         self._held = True
         self.path.each(lambda vif: vif.hold_input())
+        self.engine.drain_input()
         if self.engine.mode is Mode.TRANSPARENT:
             self._stop_and_capture(dirty)
             return
@@ -405,7 +418,6 @@ class PrimarySession:
     def _capture(self, dirty: bytes, started_s: float) -> None:
         """The PVM is stopped: copy it, cut its output, let it run on, and send the copy."""
         try:
-            self.engine.await_rings()
             snapshot = self.engine.collect(self.stats.epoch, dirty)
             self.path.each(lambda vif: vif.cut())
             self.engine.go()
@@ -503,12 +515,12 @@ class PrimarySession:
                 self._event("lan-conflict")
                 self._handle(E.LAN_CONFLICT)
 
-    def released(self) -> int:
-        """Packets that have left since protection began."""
-        return sum(vif.counter("released_equal") + vif.counter("released_commit") for vif in self.path.vifs)
-
-    def diverged(self) -> int:
-        return sum(vif.counter("diverged") for vif in self.path.vifs)
+    def packet_counters(self) -> dict[str, int]:
+        """The comparators' counters, all vifs together."""
+        total: Counter[str] = Counter()
+        for vif in self.path.vifs:
+            total.update(vif.counters())
+        return dict(total)
 
     # -- the end -------------------------------------------------------------------------------------------
 
