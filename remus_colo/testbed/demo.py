@@ -94,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bed", default=f"demo-{os.getpid()}", metavar="NAME", help="name of the bed (demo-PID)")
     parser.add_argument("--seed", type=int, help="for the moment of the host's death")
     parser.add_argument("--keep", action="store_true", help="leave the bed up, to look around")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep all logs there, not only those of a failure")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="          %(message)s", stream=sys.stdout)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         if bed.directory.exists():
             raise BedError(f"the bed '{bed.name}' exists: take another name, or take it down first")
         try:
-            outcome = _show(bed, random.Random(options.seed), steps)
+            outcome = _show(bed, random.Random(options.seed), steps, options.logs)
         finally:
             if options.keep:
                 print(f"the bed is still up: python3 -m remus_colo.testbed --bed {bed.name} status")
@@ -123,25 +124,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if outcome.faults else 0
 
 
-def _show(bed: Bed, chance: random.Random, steps: Steps) -> Outcome:
+def _show(bed: Bed, chance: random.Random, steps: Steps, logs: Path | None) -> Outcome:
     with steps("booting two Xen hosts in QEMU", "15 to 60 s; the first time 3 minutes more, to build their images"):
         bed.up()
     kill_after_s = chance.uniform(KILL_EARLIEST_S, KILL_LATEST_S)
     plan = Plan("primary", kill_after_s, kill_after_s + AFTERWARDS_S, load={"random_every": 5}, remus={})
     with Protection(bed) as protection:
+        well = False
         try:
             outcome = scenario_trial.run(protection, plan, steps)
-        except RemusError:
-            _keep_logs(protection)
-            raise
-        if outcome.faults:
-            _keep_logs(protection)
+            well = not outcome.faults
+        finally:
+            if logs is not None or not well:
+                protection.save_logs(logs or Path(tempfile.mkdtemp(prefix="remus_colo-demo-")))
         return outcome
-
-
-def _keep_logs(protection: Protection) -> None:
-    directory = Path(tempfile.mkdtemp(prefix="remus_colo-demo-"))
-    protection.save_logs(directory)
 
 
 def _exit_on_signal(number: int, _: object) -> NoReturn:

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+# Each target does its own set-up (Debian 12 or 13, as root). `make` alone lists them.
+
+PYTHON ?= python3
+TESTBED = $(PYTHON) -m remus_colo.testbed
+# The interpreter that has what the tests need; set-up makes one where the machine's has not.
+TEST_PYTHON = "$$($(TESTBED) python)"
+
+# of soak: failovers (or checkpoints), and what dies: primary, backup, mixed, or memory for none
+N ?=
+KIND ?= primary
+
+.PHONY: help setup demo test test-here test-e2e soak bench lint clean
+
+help:
+	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
+	@echo 'make test     all tests (about 20 minutes)'
+	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory'
+	@echo 'make bench    what protection costs'
+	@echo 'make lint     ruff'
+	@echo 'make clean    remove what was built in this tree'
+
+setup:
+	@command -v $(PYTHON) > /dev/null || apt-get install -q -y --no-install-recommends python3
+	@$(TESTBED) setup
+
+demo:
+	@command -v $(PYTHON) > /dev/null || apt-get install -q -y --no-install-recommends python3
+	@$(PYTHON) -m remus_colo.testbed.demo
+
+test: test-here test-e2e
+
+# What needs no Xen: the network tests use real namespaces and queues, as far as this kernel has them.
+test-here: setup
+	$(TEST_PYTHON) -m pytest -q -ra tests/unit tests/property tests/netns
+
+test-e2e: setup
+	$(TEST_PYTHON) -m pytest -v -ra tests/e2e
+
+soak: setup
+	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) $(if $(N),-n $(N))
+
+bench: setup
+	@$(TEST_PYTHON) -m remus_colo.testbed.bench
+
+lint:
+	ruff check .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find remus_colo tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -f remus_colo/_native/_xen.c remus_colo/_native/*.o remus_colo/_native/*.so

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The primary host loses its power under load."""
+
+from __future__ import annotations
+
+import random
+
+from remus_colo.testbed import scenario_trial
+from remus_colo.testbed.scenario import GUEST, Protection
+from remus_colo.testbed.scenario_trial import Plan
+
+
+def test_the_guest_survives_its_host(protection: Protection, chance: random.Random) -> None:
+    after_s = chance.uniform(4, 14)
+    plan = Plan("primary", after_s, after_s + 25, load={"random_every": 4, "udp": 2}, remus={})
+    outcome = scenario_trial.run(protection, plan)
+    assert outcome.faults == []
+    assert outcome.mode == "transparent"
+    assert outcome.failover_ms is not None
+
+    # The guest is one of the backup's now, under its own name.
+    assert protection.daemon is not None
+    protection.daemon.wait_event("active", 1)
+    assert protection.domains("backup").keys() == {GUEST}
+    assert len(protection.http_get("/10k")) == 10_000
+    # remusd may end; the guest, and connections made since, live on.
+    assert protection.daemon.stop() == 0
+    assert len(protection.http_get("/1k")) == 1_000
+    assert protection.leftovers("backup") == []
