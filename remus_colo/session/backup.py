@@ -44,6 +44,7 @@ from remus_colo.session.peer import PROBE_WINDOW, HeartbeatConfig, Peer
 log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 1.0
+SUSPECT_AFTER = 0.5  # of the heartbeat time-out
 ANNOUNCE_REPEATS = 3
 ANNOUNCE_INTERVAL_S = 0.5
 
@@ -101,6 +102,15 @@ class Creation:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
 
 
+@dataclass(slots=True)
+class EarlyVerdict:
+    """A look at the LAN that began while the primary was only late."""
+
+    begun_s: float
+    verdict: Verdict | None = None
+    waiting: Callable[[Verdict | None, BaseException | None], None] | None = None
+
+
 EventSink = Callable[..., None]
 
 
@@ -146,6 +156,7 @@ class BackupSession:
         self._peer_lost = False
         self._busy = False  # a thread is at work on the SVM
         self._failure = ""
+        self._early: EarlyVerdict | None = None
         self._actions: dict[A, Callable[[], None]] = {
             A.CREATE_SVM: self._create_svm,
             A.SEND_CREATED: self._send_created,
@@ -256,7 +267,11 @@ class BackupSession:
 
     def _check_peer(self) -> None:
         self.loop.call_later(self.creation.heartbeat.interval_s, self._check_peer)
-        if not self._peer_lost and not self.machine.final and self.peer.expired():
+        if self._peer_lost or self.machine.final:
+            return
+        if self.peer.silence_s() > self.creation.heartbeat.timeout_s * SUSPECT_AFTER:
+            self._suspect()
+        if self.peer.expired():
             self.loop.call(self._check_expired)  # what lies unread comes first
 
     def _check_expired(self) -> None:
@@ -412,6 +427,24 @@ class BackupSession:
 
     # -- failover ------------------------------------------------------------------------------------------
 
+    def _suspect(self) -> None:
+        """The primary is late: look at the LAN already, so that the answer is there when the time-out is.
+
+        Only a look: a fencing hook, which may switch a host off, is run when the primary counts as lost.
+        """
+        if self.config.fence or self._early is not None or not self.machine.replica:
+            return
+        self._early = early = EarlyVerdict(time.monotonic())
+
+        def looked(verdict: Verdict | None, error: BaseException | None) -> None:
+            early.verdict = verdict if error is None else Verdict.UNKNOWN
+            if early.waiting is not None:
+                early.waiting(early.verdict, None)
+            elif self._early is early and not self._peer_lost:
+                self._early = None  # it was late, not lost; the next silence is looked at anew
+
+        self.loop.thread("look", self._judge, looked)
+
     def _ask_arbiter(self) -> None:
         started_s = time.monotonic()
 
@@ -426,7 +459,13 @@ class BackupSession:
             events = {Verdict.DEAD: E.PRIMARY_DEAD, Verdict.ALIVE: E.PRIMARY_ALIVE, Verdict.UNKNOWN: E.PRIMARY_UNKNOWN}
             self._handle(events[verdict])
 
-        self.loop.thread("arbiter", self._judge, decided)
+        early, self._early = self._early, None
+        if early is None:
+            self.loop.thread("arbiter", self._judge, decided)
+        elif early.verdict is None:
+            early.waiting = decided
+        else:
+            decided(early.verdict, None)
 
     def _judge(self) -> Verdict:
         """In a thread: the fencing hook if there is one, else whether the guest still answers on the LAN."""
