@@ -106,7 +106,6 @@ class Creation:
 class EarlyVerdict:
     """A look at the LAN that began while the primary was only late."""
 
-    begun_s: float
     verdict: Verdict | None = None
     waiting: Callable[[Verdict | None, BaseException | None], None] | None = None
 
@@ -271,6 +270,8 @@ class BackupSession:
             return
         if self.peer.silence_s() > self.creation.heartbeat.timeout_s * SUSPECT_AFTER:
             self._suspect()
+        elif self._early is not None and self._early.verdict is not None:
+            self._early = None  # it was late, not lost; the next silence is looked at anew
         if self.peer.expired():
             self.loop.call(self._check_expired)  # what lies unread comes first
 
@@ -434,14 +435,12 @@ class BackupSession:
         """
         if self.config.fence or self._early is not None or not self.machine.replica:
             return
-        self._early = early = EarlyVerdict(time.monotonic())
+        self._early = early = EarlyVerdict()
 
         def looked(verdict: Verdict | None, error: BaseException | None) -> None:
             early.verdict = verdict if error is None else Verdict.UNKNOWN
             if early.waiting is not None:
                 early.waiting(early.verdict, None)
-            elif self._early is early and not self._peer_lost:
-                self._early = None  # it was late, not lost; the next silence is looked at anew
 
         self.loop.thread("look", self._judge, looked)
 
