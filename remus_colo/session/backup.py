@@ -375,9 +375,14 @@ class BackupSession:
         started_s = time.monotonic()
 
         def apply() -> float:
-            behind_ns = received.xen_time_ns - self.clock.now_ns()
             engine.apply(received)
-            if engine.mode is Mode.TRANSPARENT:
+            if engine.mode is Mode.COOPERATIVE:
+                # The guest connects its devices by itself, and only then can it take the input that the primary
+                # holds back for it: the SVM counts as resumed when it has.
+                self.loop.call(self._reset_rewriters)
+                engine.resume()
+                engine.await_devices()
+            else:
                 behind_ns = received.xen_time_ns - self.clock.now_ns()
                 if behind_ns > MAX_BEHIND_NS:
                     raise DomainError(
@@ -395,10 +400,16 @@ class BackupSession:
         if error is not None:
             self._svm_failed(error)
             return
-        assert apply_s is not None and self.path is not None
+        assert apply_s is not None
         self._applied_s = apply_s
-        self.path.each(lambda vif: vif.rewriter.reset())
+        if self.creation.mode is Mode.TRANSPARENT:
+            self._reset_rewriters()
         self._handle(E.APPLIED)
+
+    def _reset_rewriters(self) -> None:
+        """The SVM has the PVM's sequence numbers now."""
+        assert self.path is not None
+        self.path.each(lambda vif: vif.rewriter.reset())
 
     def _send_resumed(self) -> None:
         self._event("applied", epoch=self._epoch, apply_ms=round(self._applied_s * 1000, 1))
@@ -410,21 +421,10 @@ class BackupSession:
         try:
             if engine.loaded:
                 engine.resume()
-                if engine.mode is Mode.COOPERATIVE:
-                    self._await_devices(engine)
             else:
                 engine.go_on()
         except RemusError as error:
             self.loop.call(functools.partial(self._svm_failed, error))
-
-    def _await_devices(self, engine: SvmEngine) -> None:
-        """The guest connects its devices by itself; a failure to do so is an SVM that is no replica."""
-
-        def done(_: object, error: BaseException | None) -> None:
-            if error is not None and self.engine is engine and not self.machine.final:
-                self._svm_failed(error)
-
-        self.loop.thread("devices", engine.await_devices, done)
 
     # -- failover ------------------------------------------------------------------------------------------
 
