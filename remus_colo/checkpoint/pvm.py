@@ -233,6 +233,10 @@ class PvmEngine:
         if self.mode is Mode.COOPERATIVE:
             self.suspend()  # the guest itself comes to rest first
             self._stopped = True
+            # A twin that resumes itself makes its rings anew, without what still lies in this one's: what the
+            # guest has sent should be out.  If it is not, the VMs diverge, and nothing worse.
+            if (busy := self._busy()) is not None:
+                log.info("checkpoint of domain %d while %s", self.guest.domid, busy)
             return
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
         while True:
