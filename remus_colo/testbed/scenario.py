@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # An emulated host on a shared CPU now and then stands still for more than a second: that is no dead host.
 HEARTBEAT_TIMEOUT_MS = 3000
+# An emulated SVM needs a second to fault its pages in again after each checkpoint: it is slow, not diverged.
+COMPARE_TIMEOUT_MS = 3000
 # A dead host is noticed at the earliest when the heartbeats that came just before its death are this old, so
 # a shorter gap in the replies is no failover.
 FAILOVER_MIN_S = HEARTBEAT_TIMEOUT_MS / 1000 / 2
@@ -105,7 +107,7 @@ class Protection:
         self, domain: str = GUEST, destination: str = "backup", *, host: str = "primary", **options: Any
     ) -> Run:
         """As :meth:`protect`, without waiting."""
-        options = {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS} | options
+        options = {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS, "compare_timeout": COMPARE_TIMEOUT_MS} | options
         run = self._start(host, ["remus", "--colo", *words(options), domain, destination])
         self.primary = run
         return run
