@@ -11,15 +11,18 @@ import pytest
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.process import ProcessId, find_by_argument
 
-SLEEPER = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+SLEEPER = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
 
 
 @pytest.fixture
 def child():
-    process = subprocess.Popen([*SLEEPER, f"marker-{os.getpid()}"], stdin=subprocess.PIPE)
+    process = subprocess.Popen([*SLEEPER, f"marker-{os.getpid()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Popen returns when the new program has begun to be, which is before /proc shows its arguments.
+    process.stdout.readline()
     yield process
     process.kill()
     process.stdin.close()
+    process.stdout.close()
     process.wait()
 
 
