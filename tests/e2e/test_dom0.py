@@ -9,8 +9,8 @@ from pathlib import Path
 from remus_colo.testbed.scenario import Protection
 
 NETNS = Path(__file__).parents[1] / "netns"
-# What these test is the bed itself, on the machine on which it runs.
-OF_THE_MACHINE = "test_testbed_network.py"
+# What needs a kernel with sch_plug and nft_queue, as a host in the field has.
+MODULES = "test_plug.py test_queue.py test_path.py"
 TIMEOUT_S = 600.0
 
 
@@ -18,11 +18,13 @@ def test_network_tests_in_dom0(protection: Protection) -> None:
     protection.bed.push("primary", NETNS, "/root/netns")
     done = protection.bed.exec(
         "primary",
-        f"cd /root && python3 -m pytest -q -ra -p no:cacheprovider --ignore netns/{OF_THE_MACHINE} netns",
+        f"cd /root/netns && python3 -m pytest -q -ra -p no:cacheprovider {MODULES}",
         timeout_s=TIMEOUT_S,
         check=False,
     )
     shown = done.stdout + done.stderr
     assert done.returncode == 0, shown
     assert re.search(r"\d+ passed", shown), shown
-    assert "skipped" not in shown, shown
+    # One test is for kernels that lack sch_plug; whatever else is skipped here is tested nowhere.
+    skipped = [line for line in shown.splitlines() if line.startswith("SKIPPED")]
+    assert [line for line in skipped if "this kernel has sch_plug" not in line] == [], shown
