@@ -57,7 +57,9 @@ def load(module: str, purpose: str) -> None:
     except subprocess.TimeoutExpired as exc:
         raise missing(module, purpose, f"modprobe did not end within {_MODPROBE_TIMEOUT_S} s") from exc
     if done.returncode != 0:
-        raise missing(module, purpose, done.stderr.strip() or f"modprobe ended with {done.returncode}")
+        # modprobe may say more than one line; ours is one sentence.
+        reason = "; ".join(done.stderr.split("\n")).strip("; ")
+        raise missing(module, purpose, reason or f"modprobe ended with {done.returncode}")
     log.info("loaded kernel module %s for %s", module, purpose)
 
 
