@@ -28,13 +28,14 @@ PIECE_S = 60.0
 # What may change without being a leak: a page cache, a log's buffers, connections that come and go.
 ALLOWED = {"mem_used_kb": 40_000, "rss_kb": 30_000, "fds": 8, "event_channels": 4, "grants": 16}
 
+# Xen prints all grants in use, one a line, on the debug key g.
 _COUNT = """
 awk '/^MemTotal/ {{t = $2}} /^MemAvailable/ {{a = $2}} END {{print "mem_used_kb", t - a}}' /proc/meminfo
 awk '/^VmRSS/ {{print "rss_kb", $2}}' /proc/{pid}/status
 echo fds $(ls /proc/{pid}/fd | wc -l)
 echo event_channels $(lsevtchn 0 | wc -l)
 xl dmesg -c > /dev/null; xl debug-keys g
-echo grants $(xl dmesg | grep -c ' pin$\\|localdom\\|^(XEN) \\[')
+echo grants $(xl dmesg | grep -c '^(XEN) \\[0x')
 """
 
 

@@ -55,7 +55,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
     report = yield
     if report.skipped and os.environ.get("CI") == "true":
         report.outcome = "failed"
-        report.longrepr = f"skipped, which CI does not accept: {report.longrepr}"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.longrepr = f"CI does not accept this: {reason}"
     item.stash.setdefault(_REPORTS, {})[report.when] = report
     return report
 
