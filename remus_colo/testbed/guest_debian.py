@@ -19,12 +19,14 @@ from pathlib import Path
 from remus_colo.errors import HostError
 
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-_DEFAULT_MIRROR = ""
 _RUN_LIMIT_S = 1800
 
 
 def mirror() -> str:
-    """The Debian mirror: $REMUS_COLO_MIRROR, else the one that this machine's apt uses, else Debian's own."""
+    """The Debian mirror: $REMUS_COLO_MIRROR, else the one that this machine's apt uses.
+
+    :raise HostError: neither names one.
+    """
     chosen = os.environ.get("REMUS_COLO_MIRROR")
     if chosen:
         return chosen
@@ -36,7 +38,7 @@ def mirror() -> str:
         label, _, uri = line.partition("|")
         if label == "Debian" and uri:
             return uri
-    return _DEFAULT_MIRROR
+    raise HostError("apt has no Debian mirror on this machine: add one to its sources, or set REMUS_COLO_MIRROR")
 
 
 class Release:
