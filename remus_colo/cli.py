@@ -107,6 +107,14 @@ def build_parser() -> Parser:
         default=defaults.DEFAULT_HEARTBEAT_TIMEOUT_MS,
         help="the other host is lost after MS milliseconds of silence (default %(default)s)",
     )
+    colo.add_argument(
+        "--verify",
+        metavar="N",
+        type=count,
+        default=0,
+        help="after every Nth checkpoint compare the whole memory of both copies, while the guest waits; "
+        "for those who doubt (default: never)",
+    )
     colo.add_argument("--fence", metavar="CMD", help="ask CMD before the guest goes on alone; see below")
 
     output = parser.add_argument_group("output")
@@ -151,6 +159,7 @@ def parse(argv: Sequence[str]) -> ColoOptions:
         heartbeat_interval_s=given.heartbeat_interval / 1000,
         heartbeat_timeout_s=given.heartbeat_timeout / 1000,
         compression=not given.no_compression,
+        verify_every=given.verify,
         fence=split_command("--fence", given.fence),
         log=given.log,
         status_json=given.status_json,

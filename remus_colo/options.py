@@ -52,6 +52,7 @@ class ColoOptions:
 
     :param domain: name or domid.
     :param period_s: a checkpoint at least so often; None: only when outputs differ.
+    :param verify_every: compare both VMs' memory after each so many checkpoints, 0 for never.
     :param fence: the hook's command line, empty for none.
     :param notes: what the user should be told about the options given.
     """
@@ -65,6 +66,7 @@ class ColoOptions:
     heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_MS / 1000
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_MS / 1000
     compression: bool = True
+    verify_every: int = 0
     fence: tuple[str, ...] = ()
     log: Path | None = None
     status_json: bool = False
@@ -146,9 +148,14 @@ fencing hook:
   both hosts one."""
 
 
-def milliseconds(text: str) -> int:
-    """An argparse type: a whole number of milliseconds, 0 or more."""
+def count(text: str) -> int:
+    """An argparse type: a whole number, 0 or more."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+def milliseconds(text: str) -> int:
+    """An argparse type: a whole number of milliseconds, 0 or more."""
+    return count(text)

@@ -195,6 +195,7 @@ def _session_config(
         heartbeat=HeartbeatConfig(options.heartbeat_interval_s, options.heartbeat_timeout_s),
         compare=CompareConfig(compare_timeout_s=options.compare_timeout_s),
         period_s=options.period_s or 0.0,
+        verify_every=options.verify_every,
         tunnels=tunnels,
         backup_tunnels=backup_tunnels,
         tag=f"{generation % (1 << 24) | 1 << 23:06x}",

@@ -50,6 +50,7 @@ class Snapshot:
     xen_time_ns: int
     collect_s: float = 0.0
     zero_gfns: bytes = b""
+    hashes: bytes = b""  # of all pages, a u64 a gfn, if the copies are to be compared
 
     def squeeze(self) -> None:
         """Take out the pages of zeros; not done while the guest waits."""
@@ -281,11 +282,13 @@ class PvmEngine:
         """The frontends connected anew: look the rings up again."""
         self._ring_gfns = {}
 
-    def collect(self, epoch: int, dirty_too: bytes) -> Snapshot:
+    def collect(self, epoch: int, dirty_too: bytes, *, verify: bool = False) -> Snapshot:
         """Copy what changed since the last checkpoint; the guest must be stopped.
 
         :param dirty_too: bitmap of the gfns that the SVM changed; what it changed must come back to what
             the PVM has.
+        :param verify: have the backup compare all memory with this one's once it has loaded the checkpoint; the guest
+            waits until all of it is read.
         """
         started_s = time.monotonic()
         guest = self.guest
@@ -323,6 +326,7 @@ class PvmEngine:
             shared_info_gfn=info.shared_info_gfn,
             xen_time_ns=self.clock.now_ns(),
             collect_s=time.monotonic() - started_s,
+            hashes=bytes(guest.hashes()) if verify else b"",
         )
 
     def go(self) -> None:

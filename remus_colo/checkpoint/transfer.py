@@ -20,6 +20,8 @@ PAGES_PER_FRAME = 256
 STATE_GRANTS = "grants"
 STATE_CONTEXT = "hvm-context"
 STATE_ZERO_GFNS = "zero-gfns"
+STATE_HASHES = "hashes"
+STATE_PIECE_BYTES = 8 << 20  # half of what a STATE may have: the hashes of a guest of 4 GiB
 
 
 def begin_fields(snapshot: Snapshot) -> dict[str, Any]:
@@ -54,10 +56,12 @@ def send(channel: Channel, snapshot: Snapshot) -> int:
         (STATE_ZERO_GFNS, snapshot.zero_gfns),
         (STATE_GRANTS, snapshot.grants),
         (STATE_CONTEXT, snapshot.context),
+        (STATE_HASHES, snapshot.hashes),
     ):
-        buffers = bulk.state_buffers(name, data)
-        digest.update(buffers)
-        sent += channel.send_bulk(MessageType.STATE, snapshot.epoch, buffers)
+        for start in range(0, max(1, len(data)), STATE_PIECE_BYTES):
+            buffers = bulk.state_buffers(name, memoryview(data)[start : start + STATE_PIECE_BYTES])
+            digest.update(buffers)
+            sent += channel.send_bulk(MessageType.STATE, snapshot.epoch, buffers)
     channel.send_control(MessageType.CHECKPOINT_END, snapshot.epoch, digest.fields())
     return sent
 
@@ -82,7 +86,7 @@ class Assembler:
             self._digest.update([message.data], pages=pages.count)
         else:
             name, data = bulk.parse_state(message.data)
-            self._states[name] = bytes(data)
+            self._states[name] = self._states.get(name, b"") + bytes(data)
             self._digest.update([message.data])
 
     def finish(self, end: Message) -> Received:
@@ -97,6 +101,7 @@ class Assembler:
                 zero_gfns=self._states[STATE_ZERO_GFNS],
                 grants=self._states[STATE_GRANTS],
                 context=self._states[STATE_CONTEXT],
+                hashes=self._states[STATE_HASHES],
                 ring_nodes={int(vif["handle"]): dict(vif["nodes"]) for vif in self._fields["vifs"]},
                 event_channels=_events(self._fields["events"]),
                 shared_info_gfn=int(self._fields["shared_info_gfn"]),

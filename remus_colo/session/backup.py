@@ -412,8 +412,11 @@ class BackupSession:
         self.path.each(lambda vif: vif.rewriter.reset())
 
     def _send_resumed(self) -> None:
-        self._event("applied", epoch=self._epoch, apply_ms=round(self._applied_s * 1000, 1))
-        self.peer.send(MessageType.RESUMED, self._epoch, apply_ms=round(self._applied_s * 1000, 1))
+        assert self.engine is not None
+        apply_ms = round(self._applied_s * 1000, 1)
+        verified_pages, self.engine.verified_pages = self.engine.verified_pages, 0
+        self._event("applied", epoch=self._epoch, apply_ms=apply_ms)
+        self.peer.send(MessageType.RESUMED, self._epoch, apply_ms=apply_ms, verified_pages=verified_pages)
 
     def _resume_svm(self) -> None:
         engine = self.engine

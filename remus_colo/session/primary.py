@@ -48,6 +48,7 @@ class SessionConfig:
     """What a protection runs with.
 
     :param period_s: a checkpoint at least that often, 0 for never.
+    :param verify_every: after each so many checkpoints both VMs' memory is compared, 0 for never.
     """
 
     name: str
@@ -55,6 +56,7 @@ class SessionConfig:
     heartbeat: HeartbeatConfig
     compare: CompareConfig
     period_s: float
+    verify_every: int
     tunnels: dict[int, Tunnel]
     backup_tunnels: dict[int, Tunnel]
     tag: str
@@ -191,6 +193,8 @@ class PrimarySession:
             self._handle(E.CHECKPOINT_ACKED)
         elif kind is MessageType.RESUMED:
             self._event("svm-resumed", epoch=message.epoch, apply_ms=message.fields.get("apply_ms"))
+            if pages := message.fields.get("verified_pages"):
+                self._event("memory-equal", epoch=message.epoch, pages=pages)
             self._handle(E.SVM_RESUMED)
         elif kind is MessageType.ABORT:
             self._note_refusal(str(message.fields["reason"]))
@@ -418,7 +422,8 @@ class PrimarySession:
     def _capture(self, dirty: bytes, started_s: float) -> None:
         """The PVM is stopped: copy it, cut its output, let it run on, and send the copy."""
         try:
-            snapshot = self.engine.collect(self.stats.epoch, dirty)
+            every = self.config.verify_every
+            snapshot = self.engine.collect(self.stats.epoch, dirty, verify=every > 0 and self.stats.epoch % every == 0)
             self.path.each(lambda vif: vif.cut())
             self.engine.go()
         except RemusError as error:

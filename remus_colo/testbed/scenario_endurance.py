@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Protection over many checkpoints under a mixed load: does the guest get stuck, does anything grow?
+"""Protection over many checkpoints under a mixed load: does the guest get stuck, is a page stale, does anything grow?
+
+Stale pages are looked for by ``remus --verify``, which compares all memory of both VMs before the SVM is let run.
 
 What is counted on both hosts, after each piece of the load: memory that dom0 can still use, memory and open files of
 ``remus`` and ``remusd``, event channels of dom0, and grants in use.  A leak of one per checkpoint shows as a
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 # A checkpoint each second besides those that the load's divergences ask for.
 PERIOD_MS = 1000
 PIECE_S = 60.0
+# All memory of both VMs is compared after each so many checkpoints.
+VERIFY_EVERY = 5
 # What may change without being a leak: a page cache, a log's buffers, connections that come and go.
 ALLOWED = {"mem_used_kb": 40_000, "rss_kb": 30_000, "fds": 8, "event_channels": 4, "grants": 16}
 
@@ -54,7 +58,7 @@ def run(bed: Bed, checkpoints: int, remus: dict[str, Any], directory: Path) -> t
         protection.ensure_guest()
         before = {host: protection.state(host) for host in HOSTS}
         daemon = protection.start_daemon()
-        primary = protection.protect(period=PERIOD_MS, **remus)
+        primary = protection.protect(period=PERIOD_MS, verify=VERIFY_EVERY, **remus)
         try:
             while not faults:
                 result = protection.load(PIECE_S, **LOAD, random_every=5, time_every=5, udp=2)
@@ -80,8 +84,11 @@ def run(bed: Bed, checkpoints: int, remus: dict[str, Any], directory: Path) -> t
         if faults:
             protection.save_logs(directory)
         pauses = scenario_figures.pauses_ms(primary.events)
+        compared = [event["pages"] for event in primary.events if event["event"] == "memory-equal"]
+        if not compared and not faults:
+            faults.append("memory was never compared")
         found = {
-            "kind": "memory", "requests": requests, "checkpoints": scenario_figures.checkpoints(primary.events),
+            "kind": "memory", "requests": requests, "memory_compared": len(compared), "pages": max(compared, default=0), "checkpoints": scenario_figures.checkpoints(primary.events),
             "pause_ms": {"p50": scenario_figures.quantile(pauses, 0.5), "p99": scenario_figures.quantile(pauses, 0.99)},
             "readings": readings, "faults": faults,
         }  # fmt: skip

@@ -43,6 +43,7 @@ def snapshot() -> pvm.Snapshot:
         shared_info_gfn=16,
         xen_time_ns=123,
         zero_gfns=(0x5000).to_bytes(8, "little"),
+        hashes=bytes(range(256)) * 40_000,  # more than one piece
     )
 
 
@@ -72,6 +73,7 @@ def test_arrives_whole() -> None:
     assert b"".join(bytes(run.gfns) for run in received.pages) == bytes(sent.gfns[: PAGES * 8])
     assert b"".join(bytes(run.pages) for run in received.pages) == bytes(sent.pages[: PAGES * 4096])
     assert (received.zero_gfns, received.grants, received.context) == (sent.zero_gfns, sent.grants, sent.context)
+    assert received.hashes == sent.hashes
     assert received.ring_nodes == sent.ring_nodes
     assert received.event_channels == sent.event_channels
     assert (received.shared_info_gfn, received.xen_time_ns) == (16, 123)

@@ -58,7 +58,7 @@ def test_defaults() -> None:
 def test_everything_given() -> None:
     line = (
         "--colo -p 9000 --no-compression --checkpoint cooperative --compare-timeout 500 --period 0 "
-        "--heartbeat-interval 100 --heartbeat-timeout 300 --log /tmp/x --status-json --verbose web backup"
+        "--heartbeat-interval 100 --heartbeat-timeout 300 --verify 5 --log /tmp/x --status-json --verbose web backup"
     )
     assert cli.parse([*line.split(), "--fence", "/sbin/fence 'a b'"]) == ColoOptions(
         domain="web",
@@ -70,6 +70,7 @@ def test_everything_given() -> None:
         heartbeat_interval_s=0.1,
         heartbeat_timeout_s=0.3,
         compression=False,
+        verify_every=5,
         fence=("/sbin/fence", "a b"),
         log=Path("/tmp/x"),
         status_json=True,
