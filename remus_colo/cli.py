@@ -16,7 +16,7 @@ from typing import Any
 from remus_colo import options as defaults
 from remus_colo._version import __version__
 from remus_colo.errors import ConfigError, ExitStatus, HostError, RemusError
-from remus_colo.options import CheckpointChoice, ColoOptions, Parser, milliseconds, split_command
+from remus_colo.options import CheckpointChoice, ColoOptions, Parser, count, milliseconds, split_command
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import PacketQueue
 from remus_colo.adapters.rawlink import CopyingTap, RawLink
 from remus_colo.errors import NetworkError, RemusError
-from remus_colo.proxy.comparator import CheckpointRequest, CompareConfig, Comparator, Decision, Reason
+from remus_colo.proxy.comparator import CheckpointRequest, Comparator, CompareConfig, Decision, Reason
 from remus_colo.session.loop import Loop, Timer
 
 log = logging.getLogger(__name__)

@@ -504,9 +504,9 @@ class PrimarySession:
             info = self.engine.guest.info()
         except XenError:
             info = None
-        if info is not None and not info.dying:
-            if not info.shutdown or info.shutdown_reason == xenctrl.ShutdownReason.SUSPEND:
-                return True
+        suspended = xenctrl.ShutdownReason.SUSPEND
+        if info is not None and not info.dying and (not info.shutdown or info.shutdown_reason == suspended):
+            return True
         if not self.machine.final:
             self._event("guest-gone")
             self._handle(E.PVM_GONE, reason="the guest shut down or was destroyed")

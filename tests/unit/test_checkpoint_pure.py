@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from typing import ClassVar
 
 import pytest
 
@@ -30,7 +31,7 @@ class TestMode:
 
     def test_fifo_events_are_cooperative_or_refused_with_the_remedy(self) -> None:
         assert choose("auto", offset_ns=0, two_level_events=False).mode is Mode.COOPERATIVE
-        with pytest.raises(DomainError, match="xen.fifo_events=0"):
+        with pytest.raises(DomainError, match=r"xen\.fifo_events=0"):
             choose("transparent", offset_ns=0, two_level_events=False)
 
     def test_transparent_is_refused_where_the_clock_would_jump(self) -> None:
@@ -109,7 +110,7 @@ class TestHvmContext:
 
 
 class TestBirth:
-    CONFIG = {
+    CONFIG: ClassVar = {
         "c_info": {"name": "web", "uuid": "u-1", "type": "pvh"},
         "nics": [{"mac": "00:16:3e:77:00:10", "bridge": "xenbr0", "ifname": "vif-web"}],
     }

@@ -62,7 +62,7 @@ def test_the_state_of_a_host(tmp_path):
 
 def test_a_host_that_dies_while_booting_says_its_last_words(tmp_path):
     (tmp_path / "serial.log").write_text("(XEN) Panic on CPU 0")
-    with pytest.raises(BedError, match="died while it booted: .*Panic on CPU 0"):
+    with pytest.raises(BedError, match=r"died while it booted: .*Panic on CPU 0"):
         Host("primary", tmp_path).wait_ready(20)
 
 
