@@ -100,6 +100,7 @@ class VifPath:
         self._tap: CopyingTap | None = None
         self._timer: Timer | None = None
         self._protecting = False
+        self._uncommitted = False  # a cut was made and has neither been committed nor given up
         self._lost_packets = 0
 
     @property
@@ -203,9 +204,11 @@ class VifPath:
         if not self._protecting:
             self._protecting = True
             self.comparator = Comparator(self._config, now_s)
+        self._uncommitted = True
         return self.comparator.cut(now_s)
 
     def commit(self) -> None:
+        self._uncommitted = False
         self._apply(self.comparator.commit(time.monotonic()))
         self._arm()
 
@@ -216,10 +219,11 @@ class VifPath:
         self._arm()
 
     def abort(self) -> None:
-        """The checkpoint did not take place."""
+        """The checkpoint did not take place, whether it came to a cut or not."""
         self.release_input()
         self.release_mirror()
-        if self._protecting:
+        if self._uncommitted:
+            self._uncommitted = False
             self._apply(self.comparator.abort_cut(time.monotonic()))
             self._arm()
 

@@ -40,6 +40,12 @@ log = logging.getLogger(__name__)
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
 STREAM_FRAME_BYTES = 1 << 20
+# Before a guest suspends itself it is given a while without input to finish what it is at: what its twin, whose network
+# comes back late, sends before that is lost until TCP repeats it. It has finished when its vCPUs are blocked each
+# time that it is looked at, so often in a row.
+SETTLE_LOOK_S = 0.005
+SETTLE_LOOKS = 5
+SETTLE_TIMEOUT_S = 1.0  # work without end: suspend it as it is
 DECIDING_STATES = frozenset(state.value for state in DECIDING)
 
 
@@ -374,6 +380,38 @@ class PrimarySession:
         self.stats.epoch += 1
         if self._period is not None:
             self._period.cancel()
+        if self.engine.mode is Mode.COOPERATIVE:
+            self._hold_input()
+            self._settle(self.stats.epoch, time.monotonic() + SETTLE_TIMEOUT_S, SETTLE_LOOKS)
+        else:
+            self._prepare()
+
+    def _hold_input(self) -> None:
+        if not self._held:
+            self._held = True
+            self.path.each(lambda vif: vif.hold_input())
+
+    def _settle(self, epoch: int, deadline_s: float, looks: int) -> None:
+        """Wait until the guest, without input, has nothing more to do.
+
+        :param looks: how often it must still be seen idle.
+        """
+        if epoch != self.stats.epoch or not self._capture_wanted():
+            return
+        try:
+            looks = looks - 1 if self.engine.guest.info().blocked else SETTLE_LOOKS
+        except XenError:
+            return  # it is gone, which the next look at the guest notices
+        if looks and time.monotonic() < deadline_s:
+            self.loop.call_later(SETTLE_LOOK_S, lambda: self._settle(epoch, deadline_s, looks))
+        else:
+            self._prepare()
+
+    def _capture_wanted(self) -> bool:
+        return self.machine.state in (PrimaryState.SYNCING, PrimaryState.CHECKPOINTING)
+
+    def _prepare(self) -> None:
+        """Have the backup stop the SVM, and tell what it has changed."""
         self.peer.send(MessageType.PREPARE, self.stats.epoch)
         try:
             self.engine.prepare()
@@ -381,14 +419,10 @@ class PrimarySession:
             self._capture_failed(error)
 
     def _on_dirty(self, message: Message) -> None:
-        if message.epoch != self.stats.epoch or self.machine.state not in (
-            PrimaryState.SYNCING,
-            PrimaryState.CHECKPOINTING,
-        ):
+        if message.epoch != self.stats.epoch or not self._capture_wanted():
             return
         dirty = bytes(message.data)
-        self._held = True
-        self.path.each(lambda vif: vif.hold_input())
+        self._hold_input()
         self.engine.drain_input()
         if self.engine.mode is Mode.TRANSPARENT:
             self._stop_and_capture(dirty)
@@ -405,7 +439,7 @@ class PrimarySession:
     def _on_stopped(self, epoch: int, dirty: bytes, started_s: float, error: BaseException | None) -> None:
         if error is not None:
             self._capture_failed(error)
-        elif epoch == self.stats.epoch and self.machine.state in (PrimaryState.SYNCING, PrimaryState.CHECKPOINTING):
+        elif epoch == self.stats.epoch and self._capture_wanted():
             self._capture(dirty, started_s)
         else:
             self.engine.go()  # the checkpoint was given up meanwhile

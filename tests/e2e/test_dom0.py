@@ -10,7 +10,7 @@ from remus_colo.testbed.scenario import Protection
 
 NETNS = Path(__file__).parents[1] / "netns"
 # What needs a kernel with sch_plug and nft_queue, as a host in the field has.
-MODULES = "test_plug.py test_queue.py test_path.py"
+MODULES = "test_plug.py test_queue.py test_path.py test_primary_path.py"
 TIMEOUT_S = 600.0
 
 
