@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The compiled module; all else is in setup.cfg.
+"""The compiled module, and what makes ``import xen`` work; all else is in setup.cfg.
 
 ``REMUS_COLO_NATIVE`` decides about ``remus_colo._native._xen``: ``auto`` (the default) builds it where Xen's
 headers are, ``required`` fails where it cannot be built, ``off`` leaves it out.  Without it the package
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 BUILDER = "remus_colo/_native/build_xen.py"
 HEADER = "xenctrl.h"
@@ -57,6 +58,19 @@ def cffi_modules() -> list[str]:
     return []
 
 
+class BuildPy(build_py):
+    """Also installs what makes ``import xen`` find our part of it: see remus_colo/classic/finder.py."""
+
+    PTH = "remus_colo.pth"
+
+    def run(self) -> None:
+        super().run()
+        Path(self.build_lib, self.PTH).write_text("import remus_colo.classic.finder\n", encoding="ascii")
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib, self.PTH))]
+
+
 modules = cffi_modules()
 # without cffi setuptools does not know the keyword
-setup(**({"cffi_modules": modules} if modules else {}))
+setup(cmdclass={"build_py": BuildPy}, **({"cffi_modules": modules} if modules else {}))

@@ -63,6 +63,10 @@ def test_every_file_of_the_package_is_installed(source: Path, built: Path) -> No
     assert sorted(files(built)) == sorted(files(source / "remus_colo"))
 
 
+def test_python_finds_the_package_xen_by_itself(built: Path) -> None:
+    assert (built.parent / "remus_colo.pth").read_text() == "import remus_colo.classic.finder\n"
+
+
 def test_metadata(source: Path, built: Path) -> None:
     metadata = (source / "remus_colo.egg-info" / "PKG-INFO").read_text()
     assert f"\nVersion: {__version__}\n" in metadata
