@@ -53,7 +53,7 @@ class Received:
 
 def port_table(channels: Sequence[EventChannel]) -> list[tuple[int, EvtchnKind, int, int]]:
     """What of the ports must be equal on both sides: the far end of a channel may differ."""
-    table = []
+    table: list[tuple[int, EvtchnKind, int, int]] = []
     for channel in channels:
         kind = EvtchnKind.UNBOUND if channel.kind is EvtchnKind.INTERDOMAIN else channel.kind
         table.append((channel.port, kind, channel.vcpu, channel.detail if kind is EvtchnKind.VIRQ else 0))
@@ -183,7 +183,8 @@ class SvmEngine:
 
     def _write_pages(self, checkpoint: Received, grant_frames: int) -> None:
         absent = 0
-        for gfns, pages in [*((run.gfns, run.pages) for run in checkpoint.pages), (checkpoint.zero_gfns, None)]:
+        runs: list[tuple[bytes | memoryview, bytes | memoryview | None]] = [(run.gfns, run.pages) for run in checkpoint.pages]
+        for gfns, pages in [*runs, (checkpoint.zero_gfns, None)]:
             number, last_gfn = self.guest.apply(gfns, pages)
             absent += number
             # The guest maps its grant table and shared_info itself. An SVM that has not resumed yet lacks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from remus_colo.adapters import toolstack, xenctrl
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import birth, transfer
 from remus_colo.checkpoint.guestinfo import Mode
-from remus_colo.checkpoint.pvm import PvmEngine, Snapshot
+from remus_colo.checkpoint.pvm import SUSPEND_TIMEOUT_S, PvmEngine, Snapshot
 from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import DECIDING
@@ -124,7 +125,8 @@ class PrimarySession:
         self._stop_deadline: Timer | None = None
         self._peer_lost = False
         self._peer_failure: RemusError | None = None  # why the backup is gone, in its words or ours
-        self._born_thread_done = True
+        self._guest_at_rest = threading.Event()  # no thread is about to suspend or resume the guest
+        self._guest_at_rest.set()
         self._actions: dict[A, Callable[[], None]] = {
             A.CREATE_SVM: self._create_svm,
             A.START_CHECKPOINT: self._start_checkpoint,
@@ -271,7 +273,7 @@ class PrimarySession:
 
     def _create_svm(self) -> None:
         config = toolstack.domain_config(self.engine.guest.domid)
-        fields = {
+        fields: dict[str, Any] = {
             "name": self.config.name,
             "mode": self.config.mode.value,
             "config": config,
@@ -292,14 +294,25 @@ class PrimarySession:
             },
             "heartbeat": {"interval_s": self.config.heartbeat.interval_s, "timeout_s": self.config.heartbeat.timeout_s},
         }
-        self.peer.send(MessageType.CREATE, **fields)
+        self.peer.send(MessageType.CREATE, 0, **fields)
         self._event("creating", mode=self.config.mode.value)
-        self._born_thread_done = False
         secondary = birth.secondary_config(
             config, lambda index: f"rcb{self.config.tag}.{self.engine.layout.vifs[index].handle}",
             same_host=self.config.same_host,
         )
-        self.loop.thread("birth", functools.partial(self._give_birth, secondary), self._on_born)
+        self._guest_thread("birth", functools.partial(self._give_birth, secondary), self._on_born)
+
+    def _guest_thread(self, name: str, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+        """As :meth:`Loop.thread`, for what suspends the guest: the session does not end before it has."""
+        self._guest_at_rest.clear()
+
+        def run() -> Any:
+            try:
+                return work()
+            finally:
+                self._guest_at_rest.set()
+
+        self.loop.thread(name, run, done)
 
     def _give_birth(self, secondary: dict[str, Any]) -> float:
         """In a thread: send the guest, start the dirty log, resume it. Returns how long it was stopped."""
@@ -338,7 +351,6 @@ class PrimarySession:
         return pause_s
 
     def _on_born(self, pause_s: float | None, error: BaseException | None) -> None:
-        self._born_thread_done = True
         if error is not None:
             if self.machine.final:
                 return
@@ -430,7 +442,7 @@ class PrimarySession:
         # The guest's own suspend takes its time, in which its output must not wait for us.
         epoch = self.stats.epoch
         started_s = time.monotonic()
-        self.loop.thread(
+        self._guest_thread(
             "suspend",
             self.engine.stop,
             lambda _, error: self._on_stopped(epoch, dirty, started_s, error),
@@ -601,7 +613,7 @@ class PrimarySession:
         self._lan.close()
         self.peer.close()
         self.path.close(drop_held=fenced)
-        deadline_s = time.monotonic() + STOP_TIMEOUT_S
-        while not self._born_thread_done and time.monotonic() < deadline_s:
-            time.sleep(0.05)  # its channel is closed, so it ends; the guest must not be left suspended
+        # Its channel is closed, or the guest's suspend has its own time-out: it ends, and then the guest is resumed.
+        if not self._guest_at_rest.wait(SUSPEND_TIMEOUT_S + STOP_TIMEOUT_S):
+            log.error("%s was asked to suspend, did not, and may yet: look after it with 'xl list'", self.config.name)
         self.engine.close()

@@ -74,7 +74,7 @@ def story(outcome: Outcome) -> str:
         f"connections broken        {load['resets']} of {load['connections']}",
         f"wrong bytes               {load['wrong_bytes']}",
         f"acknowledged writes lost  {load['lost_writes']}",
-        f"longest wait for a reply  {load['longest_gap_ms']:.0f} ms",
+        f"longest silence           {load['longest_gap_ms']:.0f} ms without a reply to anyone",
         f"failover                  {'-' if outcome.failover_ms is None else f'{outcome.failover_ms:.0f} ms'}"
         " from the host's death to the first reply",
         f"checkpoints               {sum(counts.values())} ({reasons}), {outcome.mode}",
