@@ -8,6 +8,7 @@ birth on the backup, its own suspend in co-operative mode, and a checkpoint's wa
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import time
@@ -83,6 +84,22 @@ class SessionStats:
     bytes_sent: int = 0
 
 
+class Phases:
+    """How long each part of one checkpoint took; one after the other, from when it began."""
+
+    def __init__(self) -> None:
+        self._ended_s = [("", time.monotonic())]
+
+    def end(self, name: str) -> None:
+        self._ended_s.append((name, time.monotonic()))
+
+    def ms(self) -> dict[str, float]:
+        return {
+            name: round((end_s - begin_s) * 1000, 1)
+            for (_, begin_s), (name, end_s) in itertools.pairwise(self._ended_s)
+        }
+
+
 EventSink = Callable[..., None]
 
 
@@ -120,6 +137,7 @@ class PrimarySession:
         self._reason = Reason.START
         self._capturing = False
         self._held = False
+        self._phases = Phases()
         self._born = self._created = False
         self._period: Timer | None = None
         self._stop_deadline: Timer | None = None
@@ -389,6 +407,7 @@ class PrimarySession:
 
     def _start_checkpoint(self) -> None:
         self._capturing = True
+        self._phases = Phases()
         self.stats.epoch += 1
         if self._period is not None:
             self._period.cancel()
@@ -424,6 +443,7 @@ class PrimarySession:
 
     def _prepare(self) -> None:
         """Have the backup stop the SVM, and tell what it has changed."""
+        self._phases.end("settle")
         self.peer.send(MessageType.PREPARE, self.stats.epoch)
         try:
             self.engine.prepare()
@@ -433,9 +453,11 @@ class PrimarySession:
     def _on_dirty(self, message: Message) -> None:
         if message.epoch != self.stats.epoch or not self._capture_wanted():
             return
+        self._phases.end("dirty")
         dirty = bytes(message.data)
         self._hold_input()
         self.engine.drain_input()
+        self._phases.end("drain")
         if self.engine.mode is Mode.TRANSPARENT:
             self._stop_and_capture(dirty)
             return
@@ -467,6 +489,7 @@ class PrimarySession:
 
     def _capture(self, dirty: bytes, started_s: float) -> None:
         """The PVM is stopped: copy it, cut its output, let it run on, and send the copy."""
+        self._phases.end("stop")
         try:
             every = self.config.verify_every
             snapshot = self.engine.collect(self.stats.epoch, dirty, verify=every > 0 and self.stats.epoch % every == 0)
@@ -477,6 +500,7 @@ class PrimarySession:
             self._capture_failed(error)
             return
         pause_s = time.monotonic() - started_s
+        self._phases.end("copy")
         self.path.each(lambda vif: vif.release_input())
         self.stats.reasons[self._reason.value] += 1
         self.stats.pause_s.append(pause_s)
@@ -493,6 +517,7 @@ class PrimarySession:
                 raise error
             log.warning("checkpoint %d was not sent: %s", snapshot.epoch, error)
             return  # the peer's loss is reported by its readers
+        self._phases.end("send")
         self.stats.bytes_sent += sent or 0
         self._event(
             "checkpoint",
@@ -503,6 +528,7 @@ class PrimarySession:
             pages=snapshot.count,
             zero_pages=len(snapshot.zero_gfns) // 8,
             bytes=sent,
+            phases_ms=self._phases.ms(),
         )
 
     def _capture_failed(self, error: BaseException) -> None:
