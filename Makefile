@@ -49,4 +49,4 @@ lint:
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	find remus_colo tests -name __pycache__ -prune -exec rm -rf {} +
-	rm -f remus_colo/_native/_xen.c remus_colo/_native/*.o remus_colo/_native/*.so
+	rm -f remus_colo/_native/_xen.c remus_colo/_native/_compare.c remus_colo/_native/*.o remus_colo/_native/*.so

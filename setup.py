@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The compiled module, and what makes ``import xen`` work; all else is in setup.cfg.
+"""The compiled modules, and what makes ``import xen`` work; all else is in setup.cfg.
 
-``REMUS_COLO_NATIVE`` decides about ``remus_colo._native._xen``: ``auto`` (the default) builds it where Xen's
-headers are, ``required`` fails where it cannot be built, ``off`` leaves it out.  Without it the package
-installs anywhere, for its pure parts and their tests, but protects nothing.
+``REMUS_COLO_NATIVE`` decides about them: ``auto`` (the default) builds what can be built here, ``required`` fails where
+anything cannot, ``off`` leaves all out.
+
+``remus_colo._native._compare``, the comparator, needs cffi and a C compiler.  ``remus_colo._native._xen`` needs Xen's headers,
+too; without it the package installs anywhere, for its pure parts and their tests, but protects nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-BUILDER = "remus_colo/_native/build_xen.py"
+NATIVE = "remus_colo/_native"
 HEADER = "xenctrl.h"
 
 
@@ -32,16 +36,20 @@ def include_dirs() -> list[Path]:
     return [Path(name) for name in (*dirs, "/usr/local/include", "/usr/include")]
 
 
-def what_is_missing() -> str | None:
-    """Why the module cannot be built here, or None."""
-    if not Path(BUILDER).exists():
-        return f"{BUILDER} is not in this source tree"
-    if not any((directory / HEADER).exists() for directory in include_dirs()):
+def missing_for(module: str) -> str | None:
+    """Why a module cannot be built here, or None."""
+    builder = f"{NATIVE}/build{module}.py"
+    if not Path(builder).exists():
+        return f"{builder} is not in this source tree"
+    if module == "_xen" and not any((directory / HEADER).exists() for directory in include_dirs()):
         return f"Xen's header {HEADER} is not installed (Debian: apt install libxen-dev)"
     try:
         import cffi  # noqa: F401
     except ImportError:
         return "cffi is not installed (Debian: apt install python3-cffi)"
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C compiler: {compiler} was not found (Debian: apt install gcc libc6-dev)"
     return None
 
 
@@ -49,13 +57,16 @@ def cffi_modules() -> list[str]:
     policy = os.environ.get("REMUS_COLO_NATIVE", "auto")
     if policy not in ("auto", "required", "off"):
         sys.exit(f"REMUS_COLO_NATIVE must be auto, required or off, not {policy!r}")
-    missing = "it is switched off by REMUS_COLO_NATIVE" if policy == "off" else what_is_missing()
-    if missing is None:
-        return [f"{BUILDER}:ffibuilder"]
-    if policy == "required":
-        sys.exit(f"cannot build remus_colo._native._xen: {missing}")
-    print(f"warning: not building remus_colo._native._xen, which Xen hosts need: {missing}", file=sys.stderr)
-    return []
+    modules = []
+    for module, what_for in (("_xen", "Xen hosts need"), ("_compare", "comparing output needs")):
+        missing = "it is switched off by REMUS_COLO_NATIVE" if policy == "off" else missing_for(module)
+        if missing is None:
+            modules.append(f"{NATIVE}/build{module}.py:ffibuilder")
+        elif policy == "required":
+            sys.exit(f"cannot build remus_colo._native.{module}: {missing}")
+        else:
+            print(f"warning: not building remus_colo._native.{module}, which {what_for}: {missing}", file=sys.stderr)
+    return modules
 
 
 class BuildPy(build_py):

@@ -122,6 +122,12 @@ int colo_requested(const struct colo *c);
 /* Fetch the request: its reason, or COLO_NO_REQUEST; detail gets a sentence for people, cut off at size. */
 int colo_request(struct colo *c, char *detail, size_t size);
 
+/* What the held packet id waits for, in words; 0, or -1 if it is not held.  Looks at all held packets: for people. */
+int colo_waits_for(const struct colo *c, uint64_t id, char *out, size_t size);
+
+/* The flow of a packet in words, or what passes uncompared; returns 1 if it is compared, 0 if it passes. */
+int colo_describe(const struct colo_frame *frame, char *out, size_t size);
+
 void colo_counters(const struct colo *c, struct colo_counters *out);
 
 /* -- checkpoints: order and meaning in docs/comparison.rst; 0, or -1 if called out of order -- */
@@ -132,5 +138,8 @@ int colo_commit(struct colo *c, int64_t now_ns);
 void colo_secondary_resumed(struct colo *c, int64_t now_ns);
 int colo_abort_cut(struct colo *c, int64_t now_ns);
 void colo_release_all(struct colo *c, int64_t now_ns);
+
+/* NULL, or an invariant that does not hold.  For tests: costs time in proportion to everything that is known. */
+const char *colo_check(struct colo *c);
 
 #endif

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE_FILES = ("pyproject.toml", "setup.cfg", "setup.py", "MANIFEST.in", "README.rst", "LICENSE")
 BUILT_SUFFIXES = (".pyc", ".so", ".o")
-BUILT_FILES = ("_xen.c",)
+BUILT_FILES = ("_xen.c", "_compare.c")
 # Where Debian's pip installs what is not the distribution's own.
 SITE = "usr/local/lib/python3*/dist-packages"
 
@@ -39,7 +39,7 @@ if [ -e pyproject.toml ] || [ -e setup.py ]; then
     python3 -m pip install --quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check \
         --root-user-action=ignore --break-system-packages --no-compile --root /mnt/out .
 else
-    if [ -e remus_colo/_native/build_xen.py ]; then python3 remus_colo/_native/build_xen.py; fi
+    for build in remus_colo/_native/build_*.py; do [ ! -e $build ] || python3 $build; done
     site=/mnt/out/usr/local/lib/$(python3 -c "import sys; print(\\"python%d.%d\\" % sys.version_info[:2])")/dist-packages
     mkdir -p $site
     cp -r remus_colo $site/

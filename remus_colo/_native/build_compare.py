@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""cffi builder of ``remus_colo._native._compare``: the comparator.  Needs a C compiler and nothing of Xen."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = sorted((HERE / "compare").glob("*.c"))
+COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
+
+
+def declarations() -> str:
+    """The declarations of compare.h, without what the C preprocessor reads."""
+    text = (HERE / "compare.h").read_text(encoding="utf-8")
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def source_hash() -> str:
+    """Tells one state of the sources from another."""
+    digest = hashlib.sha256()
+    for path in (HERE / "compare.h", *sorted((HERE / "compare").glob("*.[ch]")), Path(__file__)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def make_builder(base: Path | None = None) -> FFI:
+    """:param base: what the names of the sources are relative to; None: they are absolute."""
+
+    def name(path: Path) -> str:
+        return str(path if base is None else path.relative_to(base))
+
+    builder = FFI()
+    builder.cdef(declarations() + "\n#define COLO_NEVER ...\nextern const char *const colo_source_hash;\n")
+    builder.set_source(
+        "remus_colo._native._compare",
+        f'#include "compare.h"\nstatic const char *const colo_source_hash = "{source_hash()}";\n',
+        sources=[name(path) for path in SOURCES],
+        include_dirs=[str(HERE)],
+        depends=[name(path) for path in sorted((HERE / "compare").glob("*.h"))],
+        extra_compile_args=COMPILE_ARGS,
+    )
+    return builder
+
+
+# setuptools wants the names of sources relative to the project
+ffibuilder = make_builder(HERE.parents[1])
+
+if __name__ == "__main__":
+    make_builder().compile(verbose=True)

@@ -1,0 +1,490 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/* What the VMs send, and what is due: the calls of compare.h but for checkpoints. */
+#include "state.h"
+
+#include <stdlib.h>
+
+#define AGE_EVERY_PACKETS 1024u /* idle flows are looked for that often even if no time-out is due */
+
+/* -- asking for a checkpoint -- */
+
+/* The request to be filled in; NULL if one has been made since the last cut. */
+struct request *ask(struct colo *c, int reason, enum request_kind kind)
+{
+    if (c->requested)
+        return NULL;
+    c->requested = true;
+    memset(&c->request, 0, sizeof(c->request));
+    c->request.reason = reason;
+    c->request.kind = kind;
+    return &c->request;
+}
+
+void ask_difference(struct colo *c, const struct state *s, struct difference difference)
+{
+    struct request *request;
+    int reason = COLO_TCP_PAYLOAD;
+
+    c->counters.diverged++;
+    if (difference.kind == DIFF_ECHO)
+        reason = COLO_ICMP_PAYLOAD;
+    else if (difference.kind >= DIFF_RESET_DATA)
+        reason = COLO_TCP_RESET;
+    request = ask(c, reason, ASK_DIFFERENCE);
+    if (request) {
+        request->key = s->flow->key;
+        request->difference = difference;
+    }
+}
+
+static void ask_limit(struct colo *c, int reason, uint64_t amount, uint64_t limit, const char *unit)
+{
+    struct request *request = ask(c, reason, ASK_LIMIT);
+
+    if (request) {
+        request->amount = amount;
+        request->limit = limit;
+        request->unit = unit;
+    }
+}
+
+void ask_limits(struct colo *c)
+{
+    const struct epoch *epoch = c->epoch;
+
+    if (epoch->held_bytes > c->config.held_bytes)
+        ask_limit(c, COLO_LIMIT_BYTES, epoch->held_bytes, c->config.held_bytes, "bytes held");
+    if (epoch->held_packets > c->config.held_packets)
+        ask_limit(c, COLO_LIMIT_PACKETS, epoch->held_packets, c->config.held_packets, "packets held");
+}
+
+/* -- ageing -- */
+
+static void age_early(struct colo *c, int64_t now_ns)
+{
+    while (!list_empty(&c->epoch->early)) {
+        struct early *early = CONTAINER(c->epoch->early.next, struct early, in_epoch);
+
+        if (early->seen_ns + c->config.compare_timeout_ns > now_ns)
+            return;
+        c->epoch->kept_bytes -= early->buf->size + DATAGRAM_OVERHEAD_BYTES;
+        datagram_drop(c, early);
+    }
+}
+
+static void drop_assembly(struct colo *c, struct assembly *a)
+{
+    c->epoch->assembly_bytes -= assembly_cost(a);
+    c->counters.secondary_dropped += a->count;
+    assembly_free(c, a);
+}
+
+static struct assembly *oldest_secondary_assembly(const struct colo *c)
+{
+    return CONTAINER(c->epoch->secondary_assemblies.next, struct assembly, in_epoch);
+}
+
+static void age_assemblies(struct colo *c, int64_t now_ns)
+{
+    while (!list_empty(&c->epoch->secondary_assemblies) &&
+           oldest_secondary_assembly(c)->seen_ns + c->config.compare_timeout_ns <= now_ns)
+        drop_assembly(c, oldest_secondary_assembly(c));
+}
+
+/* SVM output over the limit: drop the oldest datagrams, then the latest bytes of the stream that just grew. */
+static void shrink(struct colo *c, struct state *s)
+{
+    struct epoch *epoch = c->epoch;
+    uint64_t limit = c->config.secondary_bytes;
+
+    ask_limit(c, COLO_LIMIT_SECONDARY, epoch->kept_bytes, limit, "bytes of the SVM kept because it is ahead");
+    while (epoch->kept_bytes > limit && !list_empty(&epoch->early)) {
+        struct early *early = CONTAINER(epoch->early.next, struct early, in_epoch);
+
+        epoch->kept_bytes -= early->buf->size + DATAGRAM_OVERHEAD_BYTES;
+        datagram_drop(c, early);
+    }
+    if (epoch->kept_bytes > limit && s->flow->kind == KIND_TCP) {
+        uint64_t before = s->kept_bytes;
+
+        stream_shrink(c, s, epoch->kept_bytes - limit);
+        epoch->kept_bytes -= before - s->kept_bytes;
+        c->counters.secondary_dropped++;
+    }
+}
+
+/* -- one flow -- */
+
+/* Whether the SVM leads in it, and since when it does so without progress. */
+static void note_lead(struct colo *c, int64_t now_ns, struct state *s)
+{
+    bool leads = stream_leads(s);
+
+    if (linked(&s->leading)) {
+        if (leads && !s->progressed)
+            return;
+        list_remove(&s->leading);
+    }
+    if (leads) {
+        s->leading_ns = now_ns;
+        list_append(&c->epoch->leading, &s->leading);
+    }
+    s->progressed = false;
+}
+
+static bool ready(struct colo *c, struct flow *flow, struct held *h)
+{
+    return flow->kind == KIND_TCP ? stream_ready(c, flow->state, h) : h->matched;
+}
+
+/* Release what may leave at the head of the flow; nothing while an older epoch is not committed. */
+void compare_drain(struct colo *c, struct flow *flow)
+{
+    if (c->cut)
+        return;
+    while (!list_empty(&flow->held)) {
+        struct held *h = CONTAINER(flow->held.next, struct held, in_flow);
+
+        if (!ready(c, flow, h))
+            return;
+        epoch_leave(c->epoch, h);
+        out_held(c, h, COLO_EQUAL);
+        held_free(c, h);
+    }
+}
+
+static void contradicts(struct colo *c, struct state *s, const struct packet *p, bool waiting)
+{
+    if (!s->diverged && datagram_contradicts(s, p, waiting)) {
+        s->diverged = true;
+        ask_difference(c, s, (struct difference){.kind = DIFF_ECHO});
+    }
+}
+
+/* Give h to its flow; entered: it is among its epoch's held packets already. */
+void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struct packet *p, bool entered)
+{
+    uint64_t hash, kept;
+    struct flow *flow = flow_find(c, &p->key, &hash);
+    struct state *s;
+
+    if (!flow) {
+        if (c->flow_count >= c->config.flows && !c->cut && !flow_make_room(c))
+            ask_limit(c, COLO_LIMIT_FLOWS, c->flow_count, c->config.flows, "flows known");
+        flow = flow_new(c, p, hash, now_ns);
+    }
+    flow->last_ns = now_ns;
+    s = flow_step(c, flow);
+    h->flow = flow;
+    kept = s->kept_bytes;
+    if (flow->kind == KIND_TCP) {
+        stream_primary(c, s, h);
+        note_lead(c, now_ns, s);
+    } else {
+        datagram_primary(c, s, h, p);
+        if (!h->matched)
+            contradicts(c, s, p, false);
+    }
+    c->epoch->kept_bytes += s->kept_bytes - kept;
+    if (h->lacks) {
+        struct request *request = ask(c, COLO_TRUNCATED, ASK_CUT_OFF);
+
+        c->counters.truncated++;
+        if (request) {
+            request->key = flow->key;
+            request->amount = h->lacks;
+        }
+    }
+    if (list_empty(&flow->held) && !c->cut && !entered && ready(c, flow, h)) {
+        out_held(c, h, COLO_EQUAL);
+        held_free(c, h);
+        return;
+    }
+    held_wait(c, flow, h, p);
+    if (!entered)
+        epoch_enter(c->epoch, h);
+    compare_drain(c, flow); /* a PVM segment can complete what earlier ones of its flow wait for */
+    ask_limits(c);
+}
+
+/* A packet that was held in an epoch that is none now. */
+void compare_again(struct colo *c, int64_t now_ns, struct held *h)
+{
+    struct packet *p = &c->packet;
+
+    p->key = h->flow->key;
+    p->kind = h->kind;
+    p->malformed = h->malformed;
+    p->fragment = false;
+    p->flags = h->flags;
+    p->prefixed = h->prefixed;
+    p->seq = h->seq;
+    p->ack = h->wire_ack;
+    p->urgent = h->urgent;
+    p->lacks = h->lacks;
+    p->size = h->size;
+    p->payload = h->data;
+    if (h->prefixed)
+        memcpy(p->prefix, h->buf->bytes, h->prefixed);
+    compare_primary(c, now_ns, h, p, true);
+}
+
+/* -- the PVM -- */
+
+/* The PVM's fragments in a are whole. */
+void compare_joined(struct colo *c, int64_t now_ns, struct assembly *a)
+{
+    struct buf *whole = assembly_join(c, a);
+    struct held *h = a->held;
+
+    packet_parse_joined(&c->joined, &a->key, a->upper, whole->bytes, whole->size);
+    assembly_free(c, a);
+    if (c->joined.malformed)
+        c->counters.malformed++;
+    held_describes(h, &c->joined);
+    compare_primary(c, now_ns, h, &c->joined, true);
+    buf_drop(&c->pool, whole);
+}
+
+static void primary_fragment(struct colo *c, int64_t now_ns, uint64_t id, uint32_t bytes, const struct packet *p)
+{
+    struct assembly *a = assembly_of(c, &p->key, false, now_ns);
+
+    if (!a->held) {
+        a->held = held_new(c, now_ns, id, bytes);
+        a->held->kind = (uint8_t)p->kind;
+        epoch_enter(c->epoch, a->held);
+    } else {
+        held_add_part(c, a->held, id, c->order++, bytes);
+        c->epoch->held_bytes += bytes;
+        c->epoch->held_packets++;
+    }
+    if (assembly_add(c, a, p))
+        compare_joined(c, now_ns, a);
+    else
+        ask_limits(c);
+}
+
+void colo_primary(struct colo *c, int64_t now_ns, uint64_t id, const struct colo_frame *frame)
+{
+    struct packet *p = &c->packet;
+    struct held *h;
+
+    if (!c->protecting) {
+        out_id(c, id, COLO_UNPROTECTED);
+        return;
+    }
+    if (packet_parse(p, frame) == PACKET_PASSES) {
+        out_id(c, id, COLO_PASSED);
+        return;
+    }
+    if (!list_empty(&c->epoch->early))
+        age_early(c, now_ns);
+    if (c->order % AGE_EVERY_PACKETS == 0)
+        flow_age(c, now_ns);
+    if (p->malformed)
+        c->counters.malformed++;
+    if (p->fragment) {
+        primary_fragment(c, now_ns, id, frame->size, p);
+        return;
+    }
+    h = held_new(c, now_ns, id, frame->size);
+    held_describes(h, p);
+    compare_primary(c, now_ns, h, p, false);
+}
+
+/* -- the SVM -- */
+
+static void secondary_fragment(struct colo *c, int64_t now_ns, const struct packet *p, struct buf **whole)
+{
+    struct epoch *epoch = c->epoch;
+    struct assembly *a;
+
+    age_assemblies(c, now_ns);
+    a = assembly_of(c, &p->key, true, now_ns);
+    epoch->assembly_bytes -= assembly_cost(a);
+    if (assembly_add(c, a, p)) {
+        *whole = assembly_join(c, a);
+        packet_parse_joined(&c->joined, &a->key, a->upper, (*whole)->bytes, (*whole)->size);
+        assembly_free(c, a);
+        return;
+    }
+    epoch->assembly_bytes += assembly_cost(a);
+    if (epoch->assembly_bytes > c->config.secondary_bytes)
+        ask_limit(c, COLO_LIMIT_SECONDARY, epoch->assembly_bytes, c->config.secondary_bytes,
+                  "bytes of the SVM's fragments kept");
+    while (epoch->assembly_bytes > c->config.secondary_bytes)
+        drop_assembly(c, oldest_secondary_assembly(c));
+}
+
+static void secondary_whole(struct colo *c, int64_t now_ns, const struct packet *p)
+{
+    uint64_t hash, kept;
+    struct flow *flow;
+    struct state *s;
+
+    if (p->malformed)
+        c->counters.malformed++;
+    if (p->lacks) {
+        c->counters.truncated++;
+        if (p->kind != KIND_TCP) { /* of a stream, the part that is there can be compared */
+            c->counters.secondary_dropped++;
+            return;
+        }
+    }
+    flow = flow_find(c, &p->key, &hash);
+    if (!flow) {
+        if (c->flow_count >= c->config.flows && !flow_make_room(c)) {
+            ask_limit(c, COLO_LIMIT_FLOWS, c->flow_count, c->config.flows, "flows known");
+            c->counters.secondary_dropped++;
+            return;
+        }
+        flow = flow_new(c, p, hash, now_ns);
+    }
+    flow->last_ns = now_ns;
+    s = flow_step(c, flow);
+    kept = s->kept_bytes;
+    if (flow->kind == KIND_TCP) {
+        stream_secondary(c, s, p);
+        note_lead(c, now_ns, s);
+    } else if (datagram_secondary(c, s, c->epoch, p, now_ns)) {
+        contradicts(c, s, p, true);
+    }
+    c->epoch->kept_bytes += s->kept_bytes - kept;
+    if (s->kept_bytes && !linked(&s->buffered))
+        list_append(&c->epoch->buffered, &s->buffered);
+    if (c->epoch->kept_bytes > c->config.secondary_bytes && s->kept_bytes > kept)
+        shrink(c, s);
+    compare_drain(c, flow);
+}
+
+void compare_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame)
+{
+    struct buf *whole = NULL;
+    struct packet *p = &c->packet;
+
+    if (!list_empty(&c->epoch->early))
+        age_early(c, now_ns);
+    if (packet_parse(p, frame) == PACKET_PASSES) {
+        c->counters.secondary_dropped++;
+        return;
+    }
+    if (!p->fragment) {
+        secondary_whole(c, now_ns, p);
+        return;
+    }
+    secondary_fragment(c, now_ns, p, &whole);
+    if (whole)
+        secondary_whole(c, now_ns, &c->joined);
+    buf_drop(&c->pool, whole);
+}
+
+static void stash(struct colo *c, const struct colo_frame *frame)
+{
+    struct cut *cut = c->cut;
+    struct stashed *stashed;
+
+    if (!cut || !cut->running || cut->stash_bytes + frame->size > c->config.secondary_bytes) {
+        c->counters.secondary_dropped++;
+        return;
+    }
+    stashed = pool_take(&c->pool, sizeof(*stashed));
+    stashed->buf = buf_new(&c->pool, frame->size);
+    if (frame->size)
+        memcpy(stashed->buf->bytes, frame->data, frame->size);
+    stashed->frame = *frame;
+    stashed->frame.data = stashed->buf->bytes;
+    stashed->next = NULL;
+    *cut->stash_end = stashed;
+    cut->stash_end = &stashed->next;
+    cut->stash_count++;
+    cut->stash_bytes += frame->size + DATAGRAM_OVERHEAD_BYTES;
+}
+
+void colo_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame)
+{
+    c->counters.secondary_seen++;
+    if (c->running)
+        compare_secondary(c, now_ns, frame);
+    else
+        stash(c, frame);
+}
+
+/* -- time -- */
+
+static int64_t due(const struct colo *c, int64_t since_ns)
+{
+    return (since_ns > c->resumed_ns ? since_ns : c->resumed_ns) + c->config.compare_timeout_ns;
+}
+
+static const struct held *oldest_held(const struct colo *c)
+{
+    return list_empty(&c->epoch->held) ? NULL : CONTAINER(c->epoch->held.next, struct held, in_epoch);
+}
+
+static const struct state *oldest_lead(const struct colo *c)
+{
+    return list_empty(&c->epoch->leading) ? NULL : CONTAINER(c->epoch->leading.next, struct state, leading);
+}
+
+static void time_out(struct colo *c, const struct held *h)
+{
+    static const int reasons[] = {COLO_TCP_TIMEOUT, COLO_UDP_TIMEOUT, COLO_ICMP_TIMEOUT, COLO_OTHER_TIMEOUT};
+    struct request *request;
+
+    if (h->flow && h->flow->state->diverged) { /* asked for before, in vain: that checkpoint did not take place */
+        ask_difference(c, h->flow->state, h->flow->state->difference);
+        return;
+    }
+    c->counters.diverged++;
+    request = ask(c, h->lacks ? COLO_TRUNCATED : reasons[h->kind], ASK_WAITS);
+    if (!request)
+        return;
+    request->has_key = h->flow != NULL;
+    if (h->flow)
+        request->key = h->flow->key;
+    words_waits(h, request->waits, sizeof(request->waits));
+}
+
+void colo_tick(struct colo *c, int64_t now_ns)
+{
+    const struct held *h;
+    const struct state *lead;
+
+    if (!c->protecting)
+        return;
+    age_early(c, now_ns);
+    age_assemblies(c, now_ns);
+    flow_age(c, now_ns);
+    if (c->requested || !c->running)
+        return;
+    h = oldest_held(c);
+    lead = oldest_lead(c);
+    if (h && now_ns >= due(c, h->arrived_ns)) {
+        time_out(c, h);
+    } else if (lead && now_ns >= due(c, lead->leading_ns)) {
+        struct request *request = ask(c, COLO_TCP_TIMEOUT, ASK_WAITS);
+
+        c->counters.diverged++;
+        if (request) {
+            request->has_key = true;
+            request->key = lead->flow->key;
+            words_leads(lead, request->waits, sizeof(request->waits));
+        }
+    }
+}
+
+int64_t colo_deadline(const struct colo *c)
+{
+    const struct held *h = oldest_held(c);
+    const struct state *lead = oldest_lead(c);
+    int64_t deadline = COLO_NEVER;
+
+    if (c->requested || !c->running)
+        return COLO_NEVER;
+    if (h)
+        deadline = due(c, h->arrived_ns);
+    if (lead && due(c, lead->leading_ns) < deadline)
+        deadline = due(c, lead->leading_ns);
+    return deadline;
+}

@@ -1,0 +1,664 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * One TCP flow, guest to client, as two byte streams that must be one: the PVM's and the SVM's.
+ *
+ * Everything below the watermark is good: it was equal on both sides, or was sent by the PVM before the cut that this epoch
+ * began with.  What lies above it is kept for whichever side is ahead, and compared as soon as both have it; how it was cut
+ * into segments plays no part.  At no time do both sides have the byte at the watermark.
+ *
+ * A flow is a series of connections, because its ports are used again.  Both sides go through the same series, each at its
+ * own pace: each begins with a SYN that has a new initial sequence number of that side.
+ *
+ * RFC 9293 says what takes up sequence space: each byte of data, SYN and FIN.
+ */
+#include "state.h"
+
+static int64_t later(int64_t a, int64_t b)
+{
+    return a > b ? a : b; /* NOWHERE is the least */
+}
+
+static void differ(struct colo *c, struct state *s, const struct conn *conn, int64_t position, int kind, uint8_t primary,
+                   uint8_t secondary)
+{
+    int64_t origin = conn->origin == NOWHERE ? position : conn->origin;
+
+    if (s->diverged)
+        return;
+    s->diverged = true;
+    s->difference = (struct difference){position - origin, (uint32_t)position, (uint8_t)kind, primary, secondary};
+    ask_difference(c, s, s->difference);
+}
+
+/* -- connections -- */
+
+static void conn_init(struct conn *conn, uint32_t index)
+{
+    memset(conn, 0, sizeof(*conn));
+    conn->index = index;
+    conn->watermark = conn->origin = conn->reference = conn->primary_high = NOWHERE;
+    conn->primary_fin = conn->secondary_fin = conn->primary_ack = conn->secondary_ack = NOWHERE;
+    conn->secondary_rst_at = NOWHERE;
+    for (int i = 0; i < URGENT_KEPT; i++)
+        conn->primary_urgent[i] = conn->secondary_urgent[i] = NOWHERE;
+}
+
+static void conn_clear(struct colo *c, struct conn *conn)
+{
+    runs_clear(c, &conn->primary);
+    runs_clear(c, &conn->secondary);
+    runs_clear(c, &conn->low);
+    buf_drop(&c->pool, conn->rst_payload);
+    buf_drop(&c->pool, conn->syn_payload);
+    conn->rst_payload = conn->syn_payload = NULL;
+}
+
+static uint64_t conn_kept(const struct conn *conn)
+{
+    return conn->secondary.bytes + conn->low.bytes + (conn->syn_payload ? conn->syn_payload->size : 0);
+}
+
+static void recount(struct state *s, struct conn *conn)
+{
+    uint64_t kept = conn_kept(conn);
+
+    s->kept_bytes += kept - conn->counted;
+    conn->counted = kept;
+}
+
+static int64_t unwrap(struct conn *conn, uint32_t seq)
+{
+    int64_t reference = conn->watermark;
+
+    if (reference == NOWHERE) {
+        if (conn->reference == NOWHERE)
+            conn->reference = (int64_t)seq + ((int64_t)1 << 32);
+        reference = conn->reference;
+    }
+    return reference + (int32_t)(seq - (uint32_t)reference);
+}
+
+static int64_t unwrap_ack(const struct conn *conn, uint32_t ack)
+{
+    int64_t reference = conn->secondary_ack != NOWHERE ? conn->secondary_ack : conn->primary_ack;
+
+    if (reference == NOWHERE)
+        return (int64_t)ack + ((int64_t)1 << 32);
+    return reference + (int32_t)(ack - (uint32_t)reference);
+}
+
+static uint32_t distance(uint32_t a, uint32_t b)
+{
+    return a - b < b - a ? a - b : b - a;
+}
+
+/*
+ * Which space the SVM's segments are in, if there is no rewriter or nobody knows.  Initial sequence numbers are random,
+ * so the first segment lies near one of the two and far from the other.
+ */
+static void decide_space(struct conn *conn, uint32_t seq)
+{
+    uint32_t expected = conn->watermark != NOWHERE ? (uint32_t)conn->watermark : conn->isn + 1;
+
+    if (conn->space == SPACE_UNDECIDED)
+        conn->space = distance(seq + conn->shift, expected) < distance(seq, expected) ? SPACE_OWN : SPACE_MAPPED;
+}
+
+static uint32_t mapped(const struct colo *c, struct conn *conn, uint32_t seq)
+{
+    if (!c->config.own_sequence || !conn->shift)
+        return seq;
+    decide_space(conn, seq);
+    return conn->space == SPACE_OWN ? seq + conn->shift : seq;
+}
+
+static void learn_shift(struct conn *conn)
+{
+    if (conn->has_isn && conn->has_secondary_isn)
+        conn->shift = conn->isn - conn->secondary_isn;
+}
+
+/* The PVM's stream begins at position for us. */
+static void conn_start(struct colo *c, struct state *s, struct conn *conn, int64_t position, bool midstream)
+{
+    int64_t conflict;
+
+    if (c->config.own_sequence && conn->shift && conn->secondary.first) {
+        decide_space(conn, (uint32_t)conn->secondary.first->start);
+        if (conn->space == SPACE_OWN) {
+            /* Unwrapped again: both numbers may have wrapped since. */
+            int64_t move = position + (int32_t)((uint32_t)conn->secondary.first->start + conn->shift -
+                                                (uint32_t)position) - conn->secondary.first->start;
+
+            for (struct run *run = conn->secondary.first; run; run = run->next)
+                run->start += move;
+            if (conn->secondary_fin != NOWHERE)
+                conn->secondary_fin += move;
+        }
+    }
+    conn->watermark = conn->origin = position;
+    conn->midstream = midstream;
+    if (midstream)
+        runs_move_below(c, &conn->secondary, &conn->low, position);
+    else
+        runs_forget_below(c, &conn->secondary, position);
+    if (conn->syn_payload) {
+        struct buf *buf = conn->syn_payload;
+        struct source source = {buf->bytes, buf->size, buf};
+
+        conn->syn_payload = NULL;
+        if (runs_insert(c, &conn->secondary, position, buf->bytes, buf->size, &source, &conflict) == RUNS_CONFLICT)
+            differ(c, s, conn, conflict, DIFF_SECONDARY_REPEAT, 0, 0);
+        buf_drop(&c->pool, buf);
+    }
+}
+
+static struct conn *following(struct colo *c, struct conn *conn)
+{
+    if (!conn->next) {
+        conn->next = pool_take(&c->pool, sizeof(*conn));
+        conn_init(conn->next, conn->index + 1);
+    }
+    return conn->next;
+}
+
+/* Free the connections that both sides have left. */
+static void prune(struct colo *c, struct state *s)
+{
+    struct conn *conn;
+
+    while ((conn = s->oldest) != s->primary && conn != s->secondary && conn->held == 0) {
+        s->oldest = conn->next;
+        s->kept_bytes -= conn->counted;
+        conn_clear(c, conn);
+        if (conn != &s->first)
+            pool_give(&c->pool, conn, sizeof(*conn));
+    }
+}
+
+static struct conn *primary_syn(struct colo *c, struct state *s, uint32_t seq)
+{
+    struct conn *conn = s->primary;
+
+    if (conn->has_isn && conn->isn == seq)
+        return conn;
+    if (conn->primary_seen || (conn->secondary_seen && !conn->has_secondary_isn)) {
+        conn = s->primary = following(c, conn);
+        prune(c, s);
+    }
+    conn->isn = seq;
+    conn->has_isn = true;
+    learn_shift(conn);
+    conn_start(c, s, conn, unwrap(conn, seq) + 1, false);
+    return conn;
+}
+
+static struct conn *secondary_syn(struct colo *c, struct state *s, uint32_t seq)
+{
+    struct conn *conn = s->secondary;
+
+    /* A rewriter that has learned the offset in the meantime gives a repeated SYN the PVM's number. */
+    if (conn->has_secondary_isn && (seq == conn->secondary_isn || (conn->has_isn && seq == conn->isn)))
+        return conn;
+    if (conn->secondary_seen || (conn->primary_seen && !conn->has_isn)) {
+        if (conn->index > s->primary->index) {
+            /* The SVM is one connection ahead already and opens yet another: that one replaces it. */
+            uint64_t counted = conn->counted;
+
+            conn_clear(c, conn);
+            conn_init(conn, conn->index);
+            conn->counted = counted;
+        } else {
+            conn = s->secondary = following(c, conn);
+            prune(c, s);
+        }
+    }
+    conn->secondary_isn = seq;
+    conn->has_secondary_isn = true;
+    conn->space = SPACE_UNDECIDED;
+    learn_shift(conn);
+    return conn;
+}
+
+/* -- comparing -- */
+
+static bool noted(const int64_t *marks, int64_t mark)
+{
+    for (int i = 0; i < URGENT_KEPT; i++) {
+        if (marks[i] == mark)
+            return true;
+    }
+    return false;
+}
+
+static void note_urgent(int64_t *marks, int64_t mark)
+{
+    if (noted(marks, mark))
+        return;
+    memmove(marks + 1, marks, (URGENT_KEPT - 1) * sizeof(*marks));
+    marks[0] = mark;
+}
+
+/* A segment with the urgent byte says so (RFC 9293, 3.8.5): when both have sent it, both must have marked it. */
+static void check_urgent(struct colo *c, struct state *s, const struct conn *conn, int64_t from)
+{
+    for (int i = 0; i < URGENT_KEPT; i++) {
+        int64_t mine = conn->primary_urgent[i], theirs = conn->secondary_urgent[i];
+
+        if (mine > from && mine <= conn->watermark && !noted(conn->secondary_urgent, mine))
+            differ(c, s, conn, mine, DIFF_URGENT, 1, 0);
+        if (theirs > from && theirs <= conn->watermark && !noted(conn->primary_urgent, theirs))
+            differ(c, s, conn, theirs, DIFF_URGENT, 0, 1);
+    }
+}
+
+/* Once one side has refused or reset the connection, what the other says beyond that can have no equal any more. */
+static void check_reset(struct colo *c, struct state *s, struct conn *conn)
+{
+    if (conn->secondary_rst && !conn->primary_rst && conn == s->secondary) {
+        const struct run *missing = conn->primary.first;
+
+        if (conn->has_isn && !conn->has_secondary_isn && conn->secondary_rst_has_ack && conn->primary_ack != NOWHERE &&
+            conn->secondary_rst_ack == (uint32_t)conn->primary_ack)
+            differ(c, s, conn, conn->origin, DIFF_SYN_RESET, 0, 0);
+        else if (missing && conn->secondary_rst_at != NOWHERE && missing->start >= conn->secondary_rst_at)
+            differ(c, s, conn, missing->start, DIFF_RESET_DATA, 0, 0);
+        else if (conn->primary_fin != NOWHERE && conn->primary_fin >= conn->watermark && conn->secondary_fin == NOWHERE &&
+                 conn->secondary_rst_at != NOWHERE && conn->primary_fin >= conn->secondary_rst_at)
+            differ(c, s, conn, conn->primary_fin, DIFF_RESET_DATA, 0, 0);
+        else if (conn->secondary_ack != NOWHERE && conn->primary_ack > conn->secondary_ack)
+            differ(c, s, conn, later(conn->watermark, 0), DIFF_RESET_ACK, 0, 0);
+    }
+    if (conn->primary_rst && conn->primary_rst_has_ack && !conn->has_isn && conn->has_secondary_isn &&
+        conn->secondary_ack != NOWHERE && (uint32_t)conn->secondary_ack == conn->primary_rst_ack)
+        differ(c, s, conn, 0, DIFF_RESET_SYN, 0, 0);
+}
+
+/* Compare size bytes at the watermark with what the other side has there; take it from there and return how many. */
+static uint32_t agree(struct colo *c, struct state *s, struct conn *conn, bool primary, const uint8_t *data, uint32_t size)
+{
+    struct runs *others = primary ? &conn->secondary : &conn->primary;
+    uint32_t done = 0;
+
+    while (done < size && others->first && others->first->start == conn->watermark) {
+        const uint8_t *theirs = others->first->data, *mine = data + done;
+        uint32_t count = others->first->size < size - done ? others->first->size : size - done;
+
+        if (memcmp(mine, theirs, count)) {
+            uint32_t at = first_difference(mine, theirs, count);
+
+            differ(c, s, conn, conn->watermark + at, DIFF_BYTE, primary ? mine[at] : theirs[at],
+                   primary ? theirs[at] : mine[at]);
+            return done;
+        }
+        runs_consume(c, others, count);
+        conn->watermark += count;
+        done += count;
+    }
+    return done;
+}
+
+/* Move the watermark over all that both sides have and that is equal. */
+static void advance(struct colo *c, struct state *s, struct conn *conn)
+{
+    while (!s->diverged && conn->primary.first && conn->primary.first->start == conn->watermark) {
+        uint32_t done = agree(c, s, conn, true, conn->primary.first->data, conn->primary.first->size);
+
+        if (!done)
+            break;
+        runs_consume(c, &conn->primary, done);
+    }
+}
+
+/* New bytes of one side, at or above the watermark. */
+static void take(struct colo *c, struct state *s, struct conn *conn, bool primary, int64_t start, const uint8_t *data,
+                 uint32_t size, struct source *source)
+{
+    struct runs *runs = primary ? &conn->primary : &conn->secondary;
+    int64_t conflict;
+
+    if (!runs->first && start == conn->watermark) { /* in order: nothing need be kept of what the other side has */
+        uint32_t done = agree(c, s, conn, primary, data, size);
+
+        start += done;
+        data += done;
+        size -= done;
+    }
+    if (s->diverged || !size)
+        return;
+    switch (runs_insert(c, runs, start, data, size, source, &conflict)) {
+    case RUNS_OK:
+        break;
+    case RUNS_CONFLICT:
+        differ(c, s, conn, conflict, primary ? DIFF_PRIMARY_REPEAT : DIFF_SECONDARY_REPEAT, 0, 0);
+        return;
+    case RUNS_FULL:
+        if (primary)
+            differ(c, s, conn, start, DIFF_PIECES, 0, 0);
+        else
+            c->counters.secondary_dropped++;
+        return;
+    }
+    if (conn->watermark != NOWHERE)
+        advance(c, s, conn);
+}
+
+/* What follows from new units of either side: FINs, urgent marks. */
+static void settle(struct colo *c, struct state *s, struct conn *conn, int64_t before)
+{
+    int64_t at = conn->watermark;
+
+    if (s->diverged || at == NOWHERE)
+        return;
+    if (conn->primary_fin == at) {
+        if (conn->secondary_fin == at) {
+            conn->watermark = ++at;
+            runs_forget_below(c, &conn->secondary, at);
+        } else if (conn->secondary.first && conn->secondary.first->start == at) {
+            differ(c, s, conn, at, DIFF_FIN_DATA, 0, 0);
+        }
+    } else if (conn->secondary_fin == at && conn->primary.first && conn->primary.first->start == at) {
+        differ(c, s, conn, at, DIFF_DATA_FIN, 0, 0);
+    }
+    if (at != before) {
+        s->progressed = true;
+        check_urgent(c, s, conn, before);
+    }
+    if (conn->secondary_rst)
+        check_reset(c, s, conn);
+}
+
+static void primary_segment(struct colo *c, struct state *s, struct held *h)
+{
+    bool fin = h->flags & TH_FIN, syn = h->flags & TH_SYN;
+    struct conn *conn = (h->flags & (TH_SYN | TH_RST)) == TH_SYN ? primary_syn(c, s, h->seq) : s->primary;
+    int64_t start, data_end, end, high, before;
+    struct source source;
+
+    conn->primary_seen = true;
+    h->conn = conn;
+    h->end = h->ack = h->low = NOWHERE;
+    if (h->flags & TH_ACK) {
+        h->ack = unwrap_ack(conn, h->wire_ack);
+        conn->primary_ack = later(conn->primary_ack, h->ack);
+    }
+    if (h->flags & TH_RST) {
+        conn->primary_rst = true;
+        conn->primary_rst_has_ack = h->flags & TH_ACK;
+        conn->primary_rst_ack = h->wire_ack;
+        check_reset(c, s, conn);
+        return;
+    }
+    if (!h->size && !h->lacks && !syn && !fin) {
+        if (conn->secondary_rst)
+            check_reset(c, s, conn);
+        return; /* takes up no sequence space: pure ACK, window update, keepalive, probe */
+    }
+
+    start = unwrap(conn, h->seq) + syn;
+    if (conn->watermark == NOWHERE)
+        conn_start(c, s, conn, start, !syn);
+    before = conn->watermark;
+    data_end = start + h->size + h->lacks;
+    h->end = end = data_end + fin;
+    if (conn->midstream && start < conn->origin)
+        h->low = start;
+    high = conn->primary_high;
+    conn->primary_high = later(high, end);
+    if (fin && conn->primary_fin != data_end) {
+        if (conn->primary_fin == NOWHERE && data_end >= high)
+            conn->primary_fin = data_end;
+        else
+            differ(c, s, conn, data_end, DIFF_PRIMARY_FIN, 0, 0);
+    }
+    if (h->flags & TH_URG)
+        note_urgent(conn->primary_urgent, unwrap(conn, h->seq) + h->urgent);
+    if (s->diverged)
+        return;
+    if (h->size && start + h->size > before) {
+        uint32_t skip = start < before ? (uint32_t)(before - start) : 0;
+
+        if (conn->primary_fin != NOWHERE && data_end > conn->primary_fin) {
+            differ(c, s, conn, conn->primary_fin, DIFF_PRIMARY_BEHIND_FIN, 0, 0);
+            return;
+        }
+        source = (struct source){h->data, h->size, h->buf};
+        take(c, s, conn, true, start + skip, h->data + skip, h->size - skip, &source);
+        if (!h->buf && source.buf) {
+            h->buf = source.buf;
+            h->data = h->buf->bytes;
+        }
+    } else {
+        advance(c, s, conn); /* with a SYN, SVM bytes may have waited for this start */
+    }
+    settle(c, s, conn, before);
+}
+
+/* A PVM segment: set what it waits for, and compare what can be compared. */
+void stream_primary(struct colo *c, struct state *s, struct held *h)
+{
+    primary_segment(c, s, h);
+    recount(s, h->conn);
+}
+
+static void secondary_reset(struct colo *c, struct state *s, struct conn *conn, const struct packet *p)
+{
+    conn->secondary_rst = true;
+    conn->secondary_rst_has_ack = p->flags & TH_ACK;
+    conn->secondary_rst_ack = p->ack;
+    /* The reset of a closed port has sequence number 0 and an ACK, and says nothing of the stream. */
+    if (conn->watermark != NOWHERE && !(p->seq == 0 && p->flags & TH_ACK))
+        conn->secondary_rst_at = unwrap(conn, mapped(c, conn, p->seq));
+    buf_drop(&c->pool, conn->rst_payload);
+    conn->rst_payload = NULL;
+    if (p->size) {
+        conn->rst_payload = buf_new(&c->pool, p->size);
+        memcpy(conn->rst_payload->bytes, p->payload, p->size);
+    }
+    check_reset(c, s, conn);
+}
+
+/* The SVM's bytes below where the PVM's stream began for us. */
+static void take_low(struct colo *c, struct state *s, struct conn *conn, int64_t start, const uint8_t *data, uint32_t size,
+                     struct source *source)
+{
+    int64_t conflict;
+
+    if (start + size > conn->origin)
+        size = (uint32_t)(conn->origin - start);
+    switch (runs_insert(c, &conn->low, start, data, size, source, &conflict)) {
+    case RUNS_OK:
+        break;
+    case RUNS_CONFLICT:
+        differ(c, s, conn, conflict, DIFF_SECONDARY_REPEAT, 0, 0);
+        break;
+    case RUNS_FULL:
+        c->counters.secondary_dropped++;
+    }
+}
+
+static void secondary_units(struct colo *c, struct state *s, struct conn *conn, uint32_t seq, const struct packet *p)
+{
+    int64_t start = unwrap(conn, seq), end = start + p->size, fin_at = end + p->lacks, before = conn->watermark;
+    struct source source = {p->payload, p->size, NULL};
+
+    if (p->flags & TH_URG)
+        note_urgent(conn->secondary_urgent, start + p->urgent);
+    if (p->flags & TH_FIN && (before == NOWHERE || fin_at >= before)) {
+        if ((conn->secondary_fin != NOWHERE && conn->secondary_fin != fin_at) || runs_end(&conn->secondary) > fin_at) {
+            differ(c, s, conn, fin_at, DIFF_SECONDARY_FIN, 0, 0);
+            return;
+        }
+        conn->secondary_fin = fin_at;
+    }
+    if (p->size && conn->secondary_fin != NOWHERE && end > conn->secondary_fin) {
+        differ(c, s, conn, conn->secondary_fin, DIFF_SECONDARY_BEHIND_FIN, 0, 0);
+        return;
+    }
+    if (p->size && conn->midstream && start < conn->origin)
+        take_low(c, s, conn, start, p->payload, p->size, &source);
+    if (p->size && (before == NOWHERE || end > before)) {
+        uint32_t skip = before != NOWHERE && start < before ? (uint32_t)(before - start) : 0;
+
+        /* Only what is kept need be copied. */
+        if (!source.buf)
+            source = (struct source){p->payload + skip, p->size - skip, NULL};
+        take(c, s, conn, false, start + skip, p->payload + skip, p->size - skip, &source);
+    }
+    buf_drop(&c->pool, source.buf);
+    settle(c, s, conn, before);
+}
+
+/* An SVM segment, in the PVM's sequence space except for a SYN: compare what can be compared. */
+void stream_secondary(struct colo *c, struct state *s, const struct packet *p)
+{
+    struct conn *conn = (p->flags & (TH_SYN | TH_RST)) == TH_SYN ? secondary_syn(c, s, p->seq) : s->secondary;
+
+    conn->secondary_seen = true;
+    if (p->flags & TH_ACK)
+        conn->secondary_ack = later(conn->secondary_ack, unwrap_ack(conn, p->ack));
+    if (p->flags & TH_RST) {
+        secondary_reset(c, s, conn, p);
+    } else if (s->diverged) {
+        /* nothing more can be made of it */
+    } else if (p->flags & TH_SYN) {
+        check_reset(c, s, conn);
+        if (p->size && conn->has_isn) {
+            secondary_units(c, s, conn, conn->isn + 1, p);
+        } else if (p->size && !conn->syn_payload) {
+            conn->syn_payload = buf_new(&c->pool, p->size);
+            memcpy(conn->syn_payload->bytes, p->payload, p->size);
+        }
+    } else if (p->size || p->flags & TH_FIN) {
+        secondary_units(c, s, conn, mapped(c, conn, p->seq), p);
+    }
+    recount(s, conn);
+}
+
+/* This packet may leave, as far as it is itself concerned (those before it come first). */
+bool stream_ready(struct colo *c, struct state *s, struct held *h)
+{
+    struct conn *conn = h->conn;
+
+    if (s->diverged || h->lacks)
+        return false;
+    if (h->ack != NOWHERE && h->ack > conn->secondary_ack)
+        return false;
+    if (h->end != NOWHERE && h->end > conn->watermark)
+        return false;
+    if (h->flags & TH_RST) {
+        const struct buf *theirs = conn->rst_payload;
+
+        return conn->secondary_rst && h->size == (theirs ? theirs->size : 0) &&
+               (!h->size || !memcmp(h->data, theirs->bytes, h->size));
+    }
+    if (h->flags & TH_SYN && !conn->has_secondary_isn)
+        return false;
+    if (h->low != NOWHERE && h->size) {
+        int64_t where, end = h->low + h->size < conn->origin ? h->low + h->size : conn->origin;
+
+        switch (runs_cover(&conn->low, h->low, h->data, (uint32_t)(end - h->low), &where)) {
+        case COVER_EQUAL:
+            break;
+        case COVER_DIFFERS:
+            differ(c, s, conn, where, DIFF_PRIMARY_REPEAT, 0, 0);
+            return false;
+        case COVER_MISSING:
+            return false;
+        }
+    }
+    return true;
+}
+
+/* The SVM has said something that the PVM has not. */
+bool stream_leads(const struct state *s)
+{
+    const struct conn *conn = s->secondary;
+    int64_t high;
+
+    if (s->diverged)
+        return false;
+    if (conn->secondary_rst && !conn->primary_rst)
+        return true;
+    if (conn != s->primary || conn->watermark == NOWHERE)
+        return false;
+    high = conn->primary_high == NOWHERE ? conn->watermark : conn->primary_high;
+    return runs_end(&conn->secondary) > high || conn->secondary_fin >= high;
+}
+
+/* Nothing of use is lost with this state: the connection has ended, or has not got beyond its handshake. */
+bool stream_is_over(const struct state *s)
+{
+    const struct conn *conn = s->primary;
+
+    if (s->diverged || conn != s->secondary || s->kept_bytes)
+        return false;
+    if (conn->primary_rst && conn->secondary_rst)
+        return true;
+    if (conn->primary_fin != NOWHERE)
+        return conn->watermark > conn->primary_fin;
+    return conn->has_isn && conn->has_secondary_isn && conn->watermark == conn->origin &&
+           conn->primary_high == conn->watermark;
+}
+
+/* -- the state as a whole -- */
+
+void stream_init(struct state *s)
+{
+    conn_init(&s->first, 0);
+    s->oldest = s->primary = s->secondary = &s->first;
+}
+
+void stream_clear(struct colo *c, struct state *s)
+{
+    struct conn *next;
+
+    for (struct conn *conn = s->oldest; conn; conn = next) {
+        next = conn->next;
+        conn_clear(c, conn);
+        if (conn != &s->first)
+            pool_give(&c->pool, conn, sizeof(*conn));
+    }
+    s->kept_bytes = 0;
+    stream_init(s);
+}
+
+void stream_rebase(struct colo *c, struct state *to, struct state *from)
+{
+    struct conn old = *from->primary; /* its pointers are not used */
+    struct conn *conn = &to->first;
+
+    if (to == from)
+        stream_clear(c, to);
+    else
+        stream_init(to);
+    if (!old.primary_seen)
+        return;
+    conn->primary_seen = conn->secondary_seen = true;
+    conn->isn = conn->secondary_isn = old.isn;
+    conn->has_isn = conn->has_secondary_isn = old.has_isn;
+    conn->shift = old.shift;
+    conn->reference = old.reference;
+    conn->origin = old.origin;
+    conn->watermark = conn->primary_high = old.primary_high;
+    conn->primary_fin = old.primary_fin;
+    conn->primary_ack = conn->secondary_ack = old.primary_ack;
+    conn->primary_rst = conn->secondary_rst = old.primary_rst;
+    memcpy(conn->primary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
+    memcpy(conn->secondary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
+}
+
+/* Throw away the latest bytes of the SVM's connection until excess bytes are gone, as far as there are any. */
+void stream_shrink(struct colo *c, struct state *s, uint64_t excess)
+{
+    struct conn *conn = s->secondary;
+    uint64_t before = conn_kept(conn);
+
+    buf_drop(&c->pool, conn->syn_payload);
+    conn->syn_payload = NULL;
+    while (conn->secondary.last && before - conn_kept(conn) < excess)
+        runs_drop_last(c, &conn->secondary);
+    while (conn->low.last && before - conn_kept(conn) < excess)
+        runs_drop_last(c, &conn->low);
+    recount(s, conn);
+}
