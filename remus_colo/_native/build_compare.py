@@ -29,8 +29,12 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def make_builder(base: Path | None = None) -> FFI:
-    """:param base: what the names of the sources are relative to; None: they are absolute."""
+def make_builder(base: Path | None = None, extra_args: tuple[str, ...] = ()) -> FFI:
+    """The builder.
+
+    :param base: what the names of the sources are relative to; None: they are absolute.
+    :param extra_args: for the compiler and the linker, such as ``-fsanitize=address``.
+    """
 
     def name(path: Path) -> str:
         return str(path if base is None else path.relative_to(base))
@@ -43,7 +47,8 @@ def make_builder(base: Path | None = None) -> FFI:
         sources=[name(path) for path in SOURCES],
         include_dirs=[str(HERE)],
         depends=[name(path) for path in sorted((HERE / "compare").glob("*.h"))],
-        extra_compile_args=COMPILE_ARGS,
+        extra_compile_args=[*COMPILE_ARGS, *extra_args],
+        extra_link_args=list(extra_args),
     )
     return builder
 

@@ -109,9 +109,16 @@ void colo_secondary_resumed(struct colo *c, int64_t now_ns)
         drop_stash(c, c->cut);
 }
 
+/* A packet to be compared again after an abort, or a datagram that the abort made whole. */
+struct again {
+    uint64_t order; /* a datagram's place in its flow is where its last fragment came */
+    struct held *held;
+    struct assembly *whole;
+};
+
 static int by_last_order(const void *one, const void *other)
 {
-    uint64_t a = (*(struct held *const *)one)->last_order, b = (*(struct held *const *)other)->last_order;
+    uint64_t a = ((const struct again *)one)->order, b = ((const struct again *)other)->order;
 
     return (a > b) - (a < b);
 }
@@ -125,8 +132,8 @@ static void rejuvenate(struct epoch *epoch, int64_t now_ns)
         CONTAINER(link, struct assembly, in_epoch)->seen_ns = now_ns;
 }
 
-/* Put the fragments that came since the cut to those that came before. */
-static void rejoin(struct colo *c, int64_t now_ns, struct assembly *since)
+/* Put the fragments that came since the cut to those that came before; returns what is whole now, or NULL. */
+static struct assembly *rejoin(struct colo *c, int64_t now_ns, struct assembly *since)
 {
     struct assembly *a = assembly_of(c, &since->key, false, now_ns);
     struct held *h = since->held;
@@ -158,8 +165,7 @@ static void rejoin(struct colo *c, int64_t now_ns, struct assembly *since)
     }
     whole = assembly_absorb(c, a, since);
     assembly_free(c, since);
-    if (whole)
-        compare_joined(c, now_ns, a);
+    return whole ? a : NULL;
 }
 
 int colo_abort_cut(struct colo *c, int64_t now_ns)
@@ -167,7 +173,7 @@ int colo_abort_cut(struct colo *c, int64_t now_ns)
     struct cut *cut = c->cut;
     struct epoch *since = c->epoch, *epoch;
     struct stashed *stashed;
-    struct held **again;
+    struct again *again;
     struct link *link;
     size_t count = 0, room;
 
@@ -184,6 +190,7 @@ int colo_abort_cut(struct colo *c, int64_t now_ns)
     c->request.reason = COLO_NO_REQUEST;
     rejuvenate(epoch, now_ns);
 
+    c->restoring = true;
     room = since->held_packets * sizeof(*again);
     again = pool_take(&c->pool, room);
     for (link = since->held.next; link != &since->held; link = link->next) {
@@ -191,20 +198,27 @@ int colo_abort_cut(struct colo *c, int64_t now_ns)
 
         held_let_go(c, h);
         if (h->flow)
-            again[count++] = h;
+            again[count++] = (struct again){h->last_order, h, NULL};
     }
     while ((link = list_pop(&cut->touched)))
         flow_restore(c, CONTAINER(link, struct flow, touched));
     list_join(&epoch->held, &since->held);
     epoch->held_bytes += since->held_bytes;
     epoch->held_packets += since->held_packets;
-    /* A datagram's place in its flow is where its last fragment came. */
+    while (!list_empty(&since->assemblies)) {
+        struct assembly *whole = rejoin(c, now_ns, CONTAINER(since->assemblies.next, struct assembly, in_epoch));
+
+        if (whole)
+            again[count++] = (struct again){whole->held->last_order, NULL, whole};
+    }
     qsort(again, count, sizeof(*again), by_last_order);
-    for (size_t i = 0; i < count; i++)
-        compare_again(c, now_ns, again[i]);
+    for (size_t i = 0; i < count; i++) {
+        if (again[i].held)
+            compare_again(c, now_ns, again[i].held);
+        else
+            compare_joined(c, now_ns, again[i].whole);
+    }
     pool_give(&c->pool, again, room);
-    while (!list_empty(&since->assemblies))
-        rejoin(c, now_ns, CONTAINER(since->assemblies.next, struct assembly, in_epoch));
     while ((stashed = cut->stash)) {
         cut->stash = stashed->next;
         if (c->running)
@@ -212,6 +226,8 @@ int colo_abort_cut(struct colo *c, int64_t now_ns)
         buf_drop(&c->pool, stashed->buf);
         pool_give(&c->pool, stashed, sizeof(*stashed));
     }
+    c->restoring = false;
+    ask_limits(c);
     return 0;
 }
 

@@ -52,6 +52,8 @@ void ask_limits(struct colo *c)
 {
     const struct epoch *epoch = c->epoch;
 
+    if (c->restoring)
+        return;
     if (epoch->held_bytes > c->config.held_bytes)
         ask_limit(c, COLO_LIMIT_BYTES, epoch->held_bytes, c->config.held_bytes, "bytes held");
     if (epoch->held_packets > c->config.held_packets)

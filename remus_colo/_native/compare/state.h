@@ -244,6 +244,7 @@ struct colo {
     struct pool pool;
     struct colo_counters counters;
     bool protecting, running, requested;
+    bool restoring; /* an abort is putting held packets back: no limits until all are */
     int64_t resumed_ns;
     uint64_t order;
     uint32_t number; /* of the running epoch */
