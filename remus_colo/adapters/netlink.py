@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -34,7 +34,9 @@ IFNAMSIZ = 16  # <linux/if.h>, the final zero byte included
 _IFF_UP = 0x1  # <linux/if.h>
 _IFF_NOARP = 0x80
 _RTMGRP_LINK = 1  # <linux/rtnetlink.h>
+_BR_STATE_FORWARDING = 3  # <linux/if_bridge.h>
 _CARRIER_ALIAS = "remus_colo carrier of "
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -245,6 +247,32 @@ class Links:
         :param deadline_s: by ``clock``.
         :raise NetworkError: there is none at the deadline.
         """
+        link = self._wait(lambda: self._find(ifname), deadline_s, clock)
+        if link is None:
+            raise NetworkError(f"the link {ifname} did not appear in time: see the backend's state in xenstore")
+        return int(link["index"])
+
+    def wait_forwarding(
+        self, ifname: str, deadline_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Wait until a port of a bridge passes frames, which it does some time after its carrier came.
+
+        :param deadline_s: by ``clock``.
+        :raise NetworkError: it does not at the deadline.
+        """
+        if self._wait(lambda: self._is_forwarding(ifname), deadline_s, clock) is None:
+            raise NetworkError(f"the bridge of {ifname} did not begin to forward in time: has the link a carrier?")
+
+    def _is_forwarding(self, ifname: str) -> bool | None:
+        info = self._get(ifname).get_attr("IFLA_LINKINFO")
+        port = info.get_attr("IFLA_INFO_SLAVE_DATA") if info is not None else None
+        if port is None:
+            raise NetworkError(f"{ifname} is no port of a bridge")
+        return True if port.get_attr("IFLA_BRPORT_STATE") == _BR_STATE_FORWARDING else None
+
+    @staticmethod
+    def _wait(look: Callable[[], _T | None], deadline_s: float, clock: Callable[[], float]) -> _T | None:
+        """What ``look`` finds, looked for whenever a link changes; None if nothing at the deadline."""
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as monitor:
             monitor.setblocking(False)
             # Before the first look, so that no change falls in between.  What a message says does not
@@ -252,15 +280,10 @@ class Links:
             monitor.bind((0, _RTMGRP_LINK))
             poller = select.poll()
             poller.register(monitor, select.POLLIN)
-            while (link := self._find(ifname)) is None:
-                left_s = deadline_s - clock()
-                if left_s <= 0:
-                    raise NetworkError(
-                        f"the link {ifname} did not appear in time: see the backend's state in xenstore"
-                    )
+            while (found := look()) is None and (left_s := deadline_s - clock()) > 0:
                 poller.poll(left_s * 1000 + 1)
                 _drain(monitor)
-            return int(link["index"])
+            return found
 
     def _find(self, ifname: str) -> Any:
         with reporting(f"look up the link {ifname}"):

@@ -100,6 +100,15 @@ class SvmVifPath:
             links.set_master(self.vif.ifname, self.bridge)
             links.set_up(self.vif.ifname)
 
+    def await_forwarding(self) -> None:
+        """Wait until input reaches the vif: what is sent before is lost. From any thread: own socket.
+
+        :raise NetworkError: it does not.
+        """
+        assert self.vif is not None
+        with Links() as links:
+            links.wait_forwarding(self.vif.ifname, time.monotonic() + LINK_TIMEOUT_S)
+
     def _packet_from_guest(self, packet_id: int, packet: bytes, ethertype: int) -> None:
         queue = self._from_guest
         assert queue is not None

@@ -370,7 +370,8 @@ class BackupSession:
     def _apply_checkpoint(self) -> None:
         received, self._received = self._received, None
         engine = self.engine
-        assert received is not None and engine is not None
+        path = self.path
+        assert received is not None and engine is not None and path is not None
         self._busy = True
         started_s = time.monotonic()
 
@@ -391,6 +392,7 @@ class BackupSession:
                     )
                 if behind_ns > 0:
                     time.sleep(behind_ns / 1e9)  # until the guest's clock does not go back
+            path.each(lambda vif: vif.await_forwarding())
             return time.monotonic() - started_s
 
         self.loop.thread("apply", apply, self._on_applied)

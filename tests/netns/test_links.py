@@ -150,6 +150,26 @@ def test_the_deadline_is_by_the_given_clock(net: Network, links: Links) -> None:
         links.wait_for_link("vif9.9", 0.02, clock=lambda: next(ticks))
 
 
+def test_wait_for_a_port_that_forwards(net: Network, links: Links) -> None:
+    links.create_veth("port0", "port1", 1500)
+    with pytest.raises(NetworkError, match="port0 is no port of a bridge"):
+        links.wait_forwarding("port0", time.monotonic())
+    links.set_master("port0", "br0")
+    links.set_up("port0")
+    with pytest.raises(NetworkError, match="did not begin to forward"):
+        links.wait_forwarding("port0", time.monotonic() + 0.05)
+
+    def give_carrier() -> None:
+        setns(net.path("host"))
+        with Links() as other:
+            other.set_up("port1")
+
+    giver = threading.Thread(target=give_carrier)
+    giver.start()
+    links.wait_forwarding("port0", time.monotonic() + DEADLINE_S)
+    giver.join()
+
+
 # --- isolated bridge ---
 
 
