@@ -10,13 +10,14 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
+HEADERS = ["compare.h"]  # what Python and C loops see
 SOURCES = sorted((HERE / "compare").glob("*.c"))
 COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
 
 
 def declarations() -> str:
-    """The declarations of compare.h, without what the C preprocessor reads."""
-    text = (HERE / "compare.h").read_text(encoding="utf-8")
+    """The declarations of the headers, without what the C preprocessor reads."""
+    text = "".join((HERE / name).read_text(encoding="utf-8") for name in HEADERS)
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
 
@@ -24,7 +25,8 @@ def declarations() -> str:
 def source_hash() -> str:
     """Tells one state of the sources from another."""
     digest = hashlib.sha256()
-    for path in (HERE / "compare.h", *sorted((HERE / "compare").glob("*.[ch]")), Path(__file__)):
+    inner = sorted((HERE / "compare").glob("*.h"))
+    for path in (*(HERE / name for name in HEADERS), *inner, *SOURCES, Path(__file__)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -43,7 +45,8 @@ def make_builder(base: Path | None = None, extra_args: tuple[str, ...] = ()) -> 
     builder.cdef(declarations() + "\n#define COLO_NEVER ...\nextern const char *const colo_source_hash;\n")
     builder.set_source(
         "remus_colo._native._compare",
-        f'#include "compare.h"\nstatic const char *const colo_source_hash = "{source_hash()}";\n',
+        "".join(f'#include "{name}"\n' for name in HEADERS)
+        + f'static const char *const colo_source_hash = "{source_hash()}";\n',
         sources=[name(path) for path in SOURCES],
         include_dirs=[str(HERE)],
         depends=[name(path) for path in sorted((HERE / "compare").glob("*.h"))],

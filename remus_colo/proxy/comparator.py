@@ -190,9 +190,9 @@ class Comparator:
         self._out_const = self._ffi.cast("const struct colo_release **", self._out)
 
     @property
-    def handle(self) -> int:
-        """Address of the ``struct colo``, for a C loop; valid as long as this object lives."""
-        return int(self._ffi.cast("uintptr_t", self._colo))
+    def native(self) -> Any:
+        """The ``struct colo *``, for a C loop of the same module; valid as long as this object lives."""
+        return self._colo
 
     # -- what the VMs send ------------------------------------------------------------------------
 
