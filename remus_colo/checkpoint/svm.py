@@ -140,6 +140,8 @@ class SvmEngine:
                 self.guest.remap(gfn)
         self.guest.map_grants()
         self._write_pages(checkpoint, len(checkpoint.grants) // PAGE_SIZE)
+        if checkpoint.hashes:
+            self._verify(checkpoint)  # now: the backends, once bound, raise events in the guest's vcpu_info
         # A guest that resumes itself grants anew, and its twin's table may have more frames than this one's.
         busy = self.guest.set_grants(checkpoint.grants if self.mode is Mode.TRANSPARENT else b"")
         if busy:
@@ -153,14 +155,12 @@ class SvmEngine:
         self._connect()
         self._dirty = bytearray(len(self._dirty))
         self.loaded = True
-        if checkpoint.hashes:
-            self._verify(checkpoint)
 
     def _verify(self, checkpoint: Received) -> None:
         """Compare all memory with the PVM's as it was at the checkpoint.
 
-        Not compared: the rings of xenstore and the console, which stay the SVM's own; shared_info, whose events the
-        backends have already raised anew; and in co-operative mode what :meth:`_write_pages` may pass over.
+        Not compared: the rings of xenstore and the console, which stay the SVM's own; shared_info, which Xen itself
+        writes; and in co-operative mode what :meth:`_write_pages` may pass over.
 
         :raise DomainError: a page differs; the SVM is no replica.
         """

@@ -494,6 +494,7 @@ class PrimarySession:
             every = self.config.verify_every
             snapshot = self.engine.collect(self.stats.epoch, dirty, verify=every > 0 and self.stats.epoch % every == 0)
             self.path.each(lambda vif: vif.cut())
+            self._pending = None  # this checkpoint settles it; what is asked for from now on is about the next epoch
             self.engine.go()
         except RemusError as error:
             self.engine.go()
@@ -565,9 +566,7 @@ class PrimarySession:
             )
         if self._pending is not None:
             request, self._pending = self._pending, None
-            # What was asked for while the checkpoint ran may be settled by it, but for these.
-            if request.reason in (Reason.USER, Reason.QUEUE_DROPPED):
-                self._on_request(request)
+            self._on_request(request)
 
     # -- the guest -----------------------------------------------------------------------------------------
 
