@@ -102,6 +102,12 @@ void colo_primary(struct colo *c, int64_t now_ns, uint64_t id, const struct colo
 /* A packet that the SVM sent, its TCP in the PVM's sequence space (see docs/rewriter.rst). */
 void colo_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame);
 
+/*
+ * A packet that will be handed over a few packets from now, for who has several at hand: what is known of its flow comes
+ * into the cache meanwhile.  Changes nothing; the packet need not come.
+ */
+void colo_prefetch(struct colo *c, const struct colo_frame *frame);
+
 /* Have time-outs found and old state forgotten; to be called at colo_deadline(), or more often. */
 void colo_tick(struct colo *c, int64_t now_ns);
 

@@ -312,6 +312,7 @@ void colo_free(struct colo *c)
         return;
     if (c->flows && c->contents && c->assemblies)
         forget_everything(c);
+    flow_free_slabs(c);
     pool_empty(&c->pool);
     free(c->flows);
     free(c->contents);

@@ -2,6 +2,8 @@
 /* The flows: finding them, taking them through the epochs, forgetting them. */
 #include "state.h"
 
+#include <stdlib.h>
+
 #define LOOKED_AT_MAX 16 /* flows that one packet, or 64 times that one tick, looks at */
 
 static void state_init(struct state *s, struct flow *flow)
@@ -47,6 +49,56 @@ static void state_free(struct colo *c, struct state *s)
         pool_give(&c->pool, s, sizeof(*s));
 }
 
+/* -- memory: flows lie in slabs, each on cache lines of its own -- */
+
+struct slab {
+    struct slab *next;
+    struct flow *flows;
+};
+
+#define FLOW_BYTES ((sizeof(struct flow) + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE)
+
+static struct flow *flow_take(struct colo *c)
+{
+    struct flow *flow = c->free_flows;
+
+    if (!flow) {
+        struct slab *slab = pool_take(&c->pool, sizeof(*slab));
+        uint8_t *at = pool_take_aligned(CACHE_LINE, SLAB_FLOWS * FLOW_BYTES);
+
+        slab->flows = (struct flow *)at;
+        slab->next = c->slabs;
+        c->slabs = slab;
+        for (unsigned i = 0; i < SLAB_FLOWS; i++, at += FLOW_BYTES) {
+            flow = (struct flow *)at;
+            flow->chain = c->free_flows;
+            c->free_flows = flow;
+        }
+    }
+    c->free_flows = flow->chain;
+    return flow;
+}
+
+static void flow_give(struct colo *c, struct flow *flow)
+{
+    flow->chain = c->free_flows;
+    c->free_flows = flow;
+}
+
+void flow_free_slabs(struct colo *c)
+{
+    struct slab *slab;
+
+    while ((slab = c->slabs)) {
+        c->slabs = slab->next;
+        free(slab->flows);
+        pool_give(&c->pool, slab, sizeof(*slab));
+    }
+    c->free_flows = NULL;
+}
+
+/* -- finding -- */
+
 struct flow *flow_find(struct colo *c, const struct flow_key *key, uint64_t *hash)
 {
     struct flow *flow;
@@ -58,13 +110,33 @@ struct flow *flow_find(struct colo *c, const struct flow_key *key, uint64_t *has
     return flow;
 }
 
+/*
+ * The bucket is fetched at once, the flow that it leads to when the packets before it have given it time to come.
+ */
+void colo_prefetch(struct colo *c, const struct colo_frame *frame)
+{
+    struct flow_key key;
+    uint64_t *slot = &c->coming[c->coming_at++ % COMING], hash = *slot;
+    const struct flow *flow = hash ? c->flows[hash & c->flow_mask] : NULL;
+
+    if (flow) {
+        for (size_t at = 0; at < offsetof(struct flow, own.first.low); at += CACHE_LINE)
+            __builtin_prefetch((const uint8_t *)flow + at, 1);
+    }
+    *slot = 0;
+    if (packet_peek(&key, frame)) {
+        *slot = hash_bytes(&c->seed, 0, (const uint8_t *)&key, sizeof(key));
+        __builtin_prefetch(&c->flows[*slot & c->flow_mask]);
+    }
+}
+
 struct flow *flow_new(struct colo *c, const struct packet *p, uint64_t hash, int64_t now_ns)
 {
-    struct flow *flow = pool_take(&c->pool, sizeof(*flow)), **bucket = &c->flows[hash & c->flow_mask];
+    struct flow *flow = flow_take(c), **bucket = &c->flows[hash & c->flow_mask];
 
     flow->hash = hash;
     flow->key = p->key;
-    flow->kind = p->kind;
+    flow->kind = (uint8_t)p->kind;
     flow->epoch = c->number;
     flow->state = flow->saved = NULL;
     flow->last_ns = flow->queued_ns = now_ns;
@@ -152,7 +224,7 @@ void flow_forget(struct colo *c, struct flow *flow)
     if (flow->epoch == c->number)
         c->epoch->kept_bytes -= flow->state->kept_bytes;
     state_free(c, flow->state);
-    pool_give(&c->pool, flow, sizeof(*flow));
+    flow_give(c, flow);
     c->flow_count--;
 }
 

@@ -2,7 +2,6 @@
 /* The PVM's packets that wait for leave, and the list of those that have got it. */
 #include "state.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 
 struct held *held_new(struct colo *c, int64_t now_ns, uint64_t id, uint32_t bytes)
@@ -124,10 +123,8 @@ void out_id(struct colo *c, uint64_t id, enum colo_how how)
     if (c->out_count == c->out_room) {
         c->out_room = c->out_room ? 2 * c->out_room : 256;
         c->out = realloc(c->out, c->out_room * sizeof(*c->out));
-        if (!c->out) {
-            fprintf(stderr, "remus_colo: out of memory while comparing packets\n");
-            abort();
-        }
+        if (!c->out)
+            out_of_memory();
     }
     c->out[c->out_count++] = (struct colo_release){id, how};
     if (how == COLO_EQUAL)

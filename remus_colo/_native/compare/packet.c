@@ -420,3 +420,29 @@ void packet_parse_joined(struct packet *p, const struct flow_key *key, uint8_t u
     if (bad || (key->family == 6 && upper == NEXT_FRAGMENT) || !parse_upper(p, upper, body))
         as_malformed(p, whole);
 }
+
+bool packet_peek(struct flow_key *key, const struct colo_frame *frame)
+{
+    const uint8_t *at = frame->data;
+
+    memset(key, 0, sizeof(*key));
+    key->vlan = frame->vlan & 0xfff;
+    if (frame->ethertype == TYPE_IPV4 && frame->size >= 28 && at[0] == 0x45 && !(get16(at + 6) & 0x3fff)) {
+        key->family = 4;
+        key->protocol = at[9];
+        memcpy(key->source, at + 12, 4);
+        memcpy(key->destination, at + 16, 4);
+        at += 20;
+    } else if (frame->ethertype == TYPE_IPV6 && frame->size >= 48 && at[0] >> 4 == 6) {
+        key->family = 6;
+        key->protocol = at[6];
+        memcpy(key->source, at + 8, 16);
+        memcpy(key->destination, at + 24, 16);
+        at += 40;
+    } else {
+        return false;
+    }
+    memcpy(&key->sport, at, 2);
+    memcpy(&key->dport, at + 2, 2);
+    return key->protocol == PROTO_TCP || key->protocol == PROTO_UDP;
+}

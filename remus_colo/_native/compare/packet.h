@@ -59,6 +59,9 @@ enum verdict { PACKET_PASSES, PACKET_COMPARED };
 /* Sort one packet.  Any content is allowed. */
 enum verdict packet_parse(struct packet *out, const struct colo_frame *frame);
 
+/* The flow of a plain TCP or UDP packet, in a hurry: false for any other, right or wrong. */
+bool packet_peek(struct flow_key *key, const struct colo_frame *frame);
+
 /* Sort what the fragments of key were cut from. */
 void packet_parse_joined(struct packet *out, const struct flow_key *key, uint8_t upper, const uint8_t *data,
                          uint32_t size);

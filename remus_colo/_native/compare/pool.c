@@ -7,14 +7,27 @@
 /* More than that goes back to the system: a burst's memory need not be kept. */
 #define SPARE_BYTES_MAX ((size_t)4 << 20)
 
+void out_of_memory(void)
+{
+    fprintf(stderr, "remus_colo: out of memory while comparing packets\n");
+    abort();
+}
+
 static void *system_take(size_t size)
 {
     void *block = malloc(size);
 
-    if (!block) {
-        fprintf(stderr, "remus_colo: out of memory while comparing packets\n");
-        abort();
-    }
+    if (!block)
+        out_of_memory();
+    return block;
+}
+
+void *pool_take_aligned(size_t alignment, size_t size)
+{
+    void *block = aligned_alloc(alignment, size);
+
+    if (!block)
+        out_of_memory();
     return block;
 }
 

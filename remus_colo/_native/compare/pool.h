@@ -24,7 +24,11 @@ struct pool {
     size_t spare_bytes; /* in the free lists */
 };
 
+_Noreturn void out_of_memory(void);
+
 void *pool_take(struct pool *pool, size_t size);
+/* Outside the classes: to be given back with free(). */
+void *pool_take_aligned(size_t alignment, size_t size);
 void pool_give(struct pool *pool, void *block, size_t size);
 void pool_empty(struct pool *pool);
 

@@ -47,7 +47,6 @@ enum space { SPACE_UNDECIDED, SPACE_MAPPED, SPACE_OWN };
 
 /* One connection of a flow, which has several if its ports are used again. */
 struct conn {
-    struct conn *next; /* newer */
     int64_t watermark; /* the PVM's stream is known to be good below it */
     int64_t origin;    /* where the PVM's stream began for us */
     int64_t reference; /* what to unwrap by while there is no watermark */
@@ -55,16 +54,17 @@ struct conn {
     int64_t primary_fin, secondary_fin; /* position of the FIN itself */
     int64_t primary_ack, secondary_ack; /* highest */
     struct runs primary, secondary;
+    uint64_t counted;            /* its part of the state's kept_bytes */
+    uint32_t held;               /* packets that refer to it */
+    uint32_t index;
     uint32_t isn, secondary_isn; /* as on the wire */
     uint32_t shift;              /* SVM's own sequence space to the PVM's */
-    uint32_t held;               /* packets that refer to it */
-    uint64_t counted;            /* its part of the state's kept_bytes */
-    uint32_t index;
     bool primary_seen, secondary_seen, has_isn, has_secondary_isn;
     bool primary_rst, secondary_rst, secondary_rst_has_ack, primary_rst_has_ack;
     bool midstream; /* began without a SYN or a cut: what is below origin is not known to be good */
     uint8_t space;  /* which one the SVM's segments are in */
     /* rare */
+    struct conn *next; /* newer */
     struct runs low; /* the SVM's bytes below the origin, if midstream */
     int64_t secondary_rst_at;
     uint32_t secondary_rst_ack, primary_rst_ack;
@@ -122,29 +122,33 @@ struct early {
 struct state {
     struct flow *flow;
     uint64_t kept_bytes; /* of the SVM, with overhead */
-    struct link buffered; /* in its epoch's list if the SVM's output is kept */
-    struct link leading;  /* in its epoch's list if the SVM has said what the PVM has not */
-    int64_t leading_ns;   /* since when without progress */
+    struct conn *primary, *secondary; /* TCP: where each side is */
+    struct link contents;  /* other than TCP */
     bool diverged;
     bool progressed; /* the watermark has moved since somebody last looked */
+    struct link leading; /* in its epoch's list if the SVM has said what the PVM has not */
+    struct conn first;   /* TCP: the first connection of this epoch */
+    struct conn *oldest; /* of those that are remembered */
+    int64_t leading_ns;  /* since when without progress */
+    struct link buffered; /* in its epoch's list if the SVM's output is kept */
     struct difference difference;
-    struct conn *oldest, *primary, *secondary; /* TCP: all connections, and where each side is */
-    struct conn first;
-    struct link contents; /* other than TCP */
 };
 
+/* What every packet looks at comes first and fills whole cache lines: with many flows, these are what takes time. */
 struct flow {
     struct flow *chain; /* in its bucket */
     uint64_t hash;
     struct flow_key key;
-    enum kind kind;
+    uint8_t kind;
     uint32_t epoch; /* of state */
     struct state *state, *saved; /* saved: from before an uncommitted cut */
-    uint32_t saved_epoch;
-    int64_t last_ns;   /* of its last packet */
-    int64_t queued_ns; /* when it was put where it is in the list of flows */
-    struct link held, in_flows, touched;
+    int64_t last_ns; /* of its last packet */
+    struct link held;
     struct state own;
+    /* rare */
+    struct link in_flows, touched;
+    int64_t queued_ns; /* when it was put where it is in the list of flows */
+    uint32_t saved_epoch;
 };
 
 /* A PVM packet, or the fragments of one datagram, waiting for leave. */
@@ -238,6 +242,9 @@ struct request {
     const char *unit;
 };
 
+/* How many packets ahead a flow itself is fetched, behind its bucket. */
+#define COMING 4u
+
 struct colo {
     struct colo_config config;
     struct hash_seed seed;
@@ -258,6 +265,10 @@ struct colo {
     uint64_t flow_mask, content_mask;
     struct content **contents;
     struct assembly **assemblies;
+    struct slab *slabs;          /* memory of flows */
+    struct flow *free_flows;     /* by chain */
+    uint64_t coming[COMING];     /* hashes of the packets that colo_prefetch() was told of */
+    uint32_t coming_at;
     struct colo_release *out;
     size_t out_count, out_room;
     struct request request;
@@ -265,6 +276,10 @@ struct colo {
 };
 
 #define ASSEMBLY_BUCKETS 4096u
+
+/* Flows per slab; a flow begins on a cache line. */
+#define SLAB_FLOWS 64u
+#define CACHE_LINE 64u
 
 static inline bool same_key(const struct flow_key *a, const struct flow_key *b)
 {
@@ -343,6 +358,7 @@ void flow_forget(struct colo *c, struct flow *flow);
 bool flow_make_room(struct colo *c);
 void flow_age(struct colo *c, int64_t now_ns);
 void flow_forget_to(struct colo *c, uint64_t count);
+void flow_free_slabs(struct colo *c);
 
 /* hold.c: the PVM's packets that wait */
 struct held *held_new(struct colo *c, int64_t now_ns, uint64_t id, uint32_t bytes);
