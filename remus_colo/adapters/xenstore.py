@@ -7,7 +7,7 @@ import contextlib
 import errno
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
 import pyxs
@@ -109,6 +109,15 @@ class Store:
         with self._errors("resume", f"domain {domid}"):
             self.client.resume_domain(domid)
 
+    @contextlib.contextmanager
+    def watch(self, paths: Sequence[str]) -> Iterator[Watch]:
+        """See changes below ``paths``, for as long as the context lasts."""
+        with self.client.monitor() as monitor:
+            for path in paths:
+                with self._errors("watch", path):
+                    monitor.watch(path.encode(), b"remus_colo")
+            yield Watch(monitor)
+
     def wait(
         self,
         paths: list[str],
@@ -120,15 +129,26 @@ class Store:
 
         :return: False if ``timeout_s`` passed first.
         """
+        with self.watch(paths) as watch:
+            return watch.wait(condition, timeout_s=timeout_s)
+
+
+class Watch:
+    """Watches that stand, from :meth:`Store.watch`."""
+
+    def __init__(self, monitor: pyxs.Monitor) -> None:
+        self._monitor = monitor
+
+    def wait(self, condition: Callable[[], bool], *, timeout_s: float) -> bool:
+        """Wait until ``condition()`` holds, looking again at each change.
+
+        :return: False if ``timeout_s`` passed first.
+        """
         deadline_s = time.monotonic() + timeout_s
-        with self.client.monitor() as monitor:
-            for path in paths:
-                with self._errors("watch", path):
-                    monitor.watch(path.encode(), b"remus_colo")
-            while not condition():
-                remaining_s = deadline_s - time.monotonic()
-                if remaining_s <= 0:
-                    return False
-                with contextlib.suppress(queue.Empty):
-                    monitor.events.get(timeout=remaining_s)
+        while not condition():
+            remaining_s = deadline_s - time.monotonic()
+            if remaining_s <= 0:
+                return False
+            with contextlib.suppress(queue.Empty):
+                self._monitor.events.get(timeout=remaining_s)
         return True

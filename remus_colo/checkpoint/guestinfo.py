@@ -78,10 +78,7 @@ def refuse_guest(name: str, info: DomainInfo, guest: Guest, store: Store) -> Non
 
     :raise DomainError: with the reason.
     """
-    if info.dying or info.shutdown:
-        raise DomainError(f"{name} is not running (it is shutting down or crashed): start it first")
-    if info.paused:
-        raise DomainError(f"{name} is paused: unpause it first (xl unpause {name})")
+    refuse_stopped(name, info)
     if not info.hvm:
         raise DomainError(f"{name} is a PV guest, and COLO needs hardware virtualization: change it to type=\"pvh\"")
     if not info.hap:
@@ -99,3 +96,11 @@ def refuse_guest(name: str, info: DomainInfo, guest: Guest, store: Store) -> Non
     for kind in store.list(f"/local/domain/{info.domid}/device"):
         if kind not in IGNORED_DEVICES and store.list(f"/local/domain/{info.domid}/device/{kind}"):
             raise DomainError(f"{name} has a {kind} device, which cannot be checkpointed: detach it first")
+
+
+def refuse_stopped(name: str, info: DomainInfo) -> None:
+    """:raise DomainError: the domain does not run."""
+    if info.dying or info.shutdown:
+        raise DomainError(f"{name} is not running (it is shutting down or crashed): start it first")
+    if info.paused:
+        raise DomainError(f"{name} is paused: unpause it first (xl unpause {name})")

@@ -16,16 +16,15 @@ from remus_colo.adapters.xenctrl import (
     PAGE_SIZE,
     EventChannel,
     Guest,
-    ShutdownReason,
 )
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import sharedinfo
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
+from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S, Suspender
 from remus_colo.errors import DomainError, XenError
 
 log = logging.getLogger(__name__)
 
-SUSPEND_TIMEOUT_S = 60.0  # a guest that has not suspended by then never will; emulated hosts need seconds
 BACKEND_TIMEOUT_S = 20.0
 RING_TIMEOUT_S = 0.05  # netback answers within microseconds unless a packet is held elsewhere
 STOP_TIMEOUT_S = 5.0
@@ -99,17 +98,8 @@ class PvmEngine:
 
         :raise DomainError: if it does not, or shuts down instead; the request is withdrawn.
         """
-        self.store.write(self._shutdown_node, "suspend")
-        if self.store.wait(["@releaseDomain"], lambda: self.guest.info().shutdown, timeout_s=timeout_s):
-            reason = self.guest.info().shutdown_reason
-            if reason == ShutdownReason.SUSPEND:
-                return
-            raise DomainError(f"the guest shut down (reason {reason}) while it was asked to suspend")
-        self.store.write(self._shutdown_node, "")
-        raise DomainError(
-            f"the guest did not suspend within {timeout_s:g} s: its kernel must support Xen suspend "
-            "(CONFIG_HIBERNATE_CALLBACKS), as live migration does"
-        )
+        with Suspender(self.guest, self.store) as suspender:
+            suspender.suspend(timeout_s)
 
     def uses_two_level_events(self) -> bool:
         """Whether the guest uses the 2-level event channel ABI, and not FIFO.

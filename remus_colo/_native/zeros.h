@@ -1,0 +1,26 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later */
+/*
+ * Work on the bytes of checkpoints, for compression: see remus_colo/checkpoint/delta.py.  No allocation, no state.
+ */
+#ifndef REMUS_COLO_ZEROS_H
+#define REMUS_COLO_ZEROS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Swap @size bytes: @stored gets what @page has, @page the exclusive or of both. A multiple of 8. */
+void rc_delta_out(uint8_t *page, uint8_t *stored, size_t size);
+
+/* The way back: @page, an exclusive or, becomes what it was made of, and so does @stored. */
+void rc_delta_in(uint8_t *page, uint8_t *stored, size_t size);
+
+/*
+ * Runs of words of 8 bytes: each a u32 with the number of zero words, a u32 with that of the words that follow it
+ * literally, and those.  @size is a multiple of 8.  Returns the bytes written, or -1 if @room is too small.
+ */
+int64_t rc_zeros_pack(const uint8_t *in, size_t size, uint8_t *out, size_t room);
+
+/* The way back. Returns 0, or -1 if @in is malformed or does not make exactly @size bytes. */
+int rc_zeros_unpack(const uint8_t *in, size_t in_size, uint8_t *out, size_t size);
+
+#endif
