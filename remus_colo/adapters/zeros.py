@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Work on the bytes of checkpoints: the compiled module's, or the same in Python where there is none.
+
+The latter says what the former must do, and is held against it by tests.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from remus_colo.errors import FramingError
+
+WORD = 8
+GAP_WORDS = 2
+_HEADER = struct.Struct("<II")
+
+
+def _native() -> tuple[Any, Any] | None:
+    try:
+        from remus_colo._native import _xen  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    return _xen.lib, _xen.ffi
+
+
+NATIVE = _native()
+
+
+def delta_out(page: memoryview, stored: memoryview) -> None:
+    """``stored`` gets what ``page`` has, ``page`` the exclusive or of both; both writable, of one size."""
+    if NATIVE is None:
+        now = bytes(page)
+        page[:] = _xor(now, stored)
+        stored[:] = now
+        return
+    lib, ffi = NATIVE
+    lib.rc_delta_out(ffi.from_buffer("uint8_t[]", page), ffi.from_buffer("uint8_t[]", stored), len(page))
+
+
+def delta_in(page: memoryview, stored: memoryview) -> None:
+    """The way back: both get what ``page`` had before :func:`delta_out`."""
+    if NATIVE is None:
+        page[:] = stored[:] = _xor(page, stored)
+        return
+    lib, ffi = NATIVE
+    lib.rc_delta_in(ffi.from_buffer("uint8_t[]", page), ffi.from_buffer("uint8_t[]", stored), len(page))
+
+
+def _xor(one: bytes | memoryview, other: bytes | memoryview) -> bytes:
+    return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(len(one), "little")
+
+
+def pack(data: bytearray) -> bytes | memoryview:
+    """Runs of zero words become their number. ``data`` has a multiple of 8 bytes."""
+    if NATIVE is None:
+        return pack_reference(data)
+    lib, ffi = NATIVE
+    # Each run has at least two words, but the first and the last, and takes no more than one word besides.
+    out = bytearray(len(data) + len(data) // GAP_WORDS + 4 * _HEADER.size)
+    size = lib.rc_zeros_pack(
+        ffi.from_buffer("uint8_t[]", data), len(data), ffi.from_buffer("uint8_t[]", out), len(out)
+    )
+    if size < 0:
+        raise MemoryError("a packed checkpoint was longer than it can be")
+    return memoryview(out)[:size]
+
+
+def pack_reference(data: bytes | bytearray) -> bytes:
+    words = [data[at : at + WORD] for at in range(0, len(data), WORD)]
+    empty = bytes(WORD)
+    out, at = [], 0
+    while at < len(words):
+        first = at
+        while first < len(words) and words[first] == empty:
+            first += 1
+        end = first
+        while end < len(words):
+            gap = 0
+            while gap < GAP_WORDS and end + gap < len(words) and words[end + gap] == empty:
+                gap += 1
+            if gap == GAP_WORDS or (gap and end + gap == len(words)):
+                break
+            end += gap or 1
+        out.append(_HEADER.pack(first - at, end - first))
+        out += words[first:end]
+        at = end
+    return b"".join(out)
+
+
+def unpack(packed: bytes | memoryview, size: int) -> bytearray:
+    """What :func:`pack` was given.
+
+    :param size: its length in bytes.
+    :raise FramingError: ``packed`` is not what makes it.
+    """
+    if NATIVE is None:
+        return unpack_reference(packed, size)
+    lib, ffi = NATIVE
+    out = bytearray(size)
+    if lib.rc_zeros_unpack(
+        ffi.from_buffer("uint8_t[]", packed), len(packed), ffi.from_buffer("uint8_t[]", out), size
+    ):
+        raise FramingError(f"{len(packed)} packed bytes do not make {size}")
+    return out
+
+
+def unpack_reference(packed: bytes | memoryview, size: int) -> bytearray:
+    out, at = bytearray(), 0
+    while at < len(packed):
+        if len(packed) - at < _HEADER.size:
+            raise FramingError("a packed checkpoint is cut off")
+        zeros, literal = _HEADER.unpack_from(packed, at)
+        at += _HEADER.size
+        end = at + literal * WORD
+        if not zeros + literal or len(out) + (zeros + literal) * WORD > size or end > len(packed):
+            raise FramingError(f"{len(packed)} packed bytes do not make {size}")
+        out += bytes(zeros * WORD) + packed[at:end]
+        at = end
+    if len(out) != size:
+        raise FramingError(f"{len(packed)} packed bytes make {len(out)}, not {size}")
+    return out
