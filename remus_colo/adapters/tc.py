@@ -82,6 +82,7 @@ class _Action(enum.IntEnum):
     """TCQ_PLUG_*"""
 
     BUFFER = 0
+    RELEASE_ONE = 1
     RELEASE_INDEFINITE = 2
     LIMIT = 3
 
@@ -142,11 +143,18 @@ class Plug:
             raise
 
     def buffer(self) -> None:
-        """Keep frames from now on.  Those already in the driver's or guest's ring are not called back.
+        """Keep frames from now on, apart from those kept before.  Those already in the driver's or guest's ring are not called back.
 
         :raise NetworkError: the plug is gone, with its link or otherwise (:meth:`release` likewise).
         """
         self._change(_Action.BUFFER, self._known_index())
+
+    def release_one(self) -> None:
+        """Let go of what was kept before the last :meth:`buffer`, and go on keeping the rest.
+
+        The kernel counts one checkpoint: between two calls of :meth:`buffer` there must be one of this.
+        """
+        self._change(_Action.RELEASE_ONE, self._known_index())
 
     def release(self) -> None:
         """Let go of all that is kept, in order, and pass on from now on."""
