@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from remus_colo import options as defaults
+from remus_colo import remus_options
 from remus_colo._version import __version__
 from remus_colo.errors import ConfigError, ExitStatus, HostError, RemusError
 from remus_colo.options import CheckpointChoice, ColoOptions, Parser, count, milliseconds, split_command
+from remus_colo.remus_options import RemusOptions
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = """\
-Protects a running Xen domain against the loss of this host. With --colo a
-second copy of the guest runs on the destination, where remusd waits: output
-that both copies agree on leaves at once, and a checkpoint is made when they
-differ. If this host dies the copy takes over, with the guest's memory, its
-addresses and its connections. Ctrl-C or SIGTERM end protection; the guest goes
-on."""
+Protects a running Xen domain against the loss of this host. Checkpoints go to
+the destination, where remusd waits, and the guest's output is held until the
+checkpoint that it belongs to is there. If this host dies the guest goes on over
+there from the last one, with its memory, its addresses and its connections.
+With --colo a second copy of the guest runs there: output that both copies agree
+on leaves at once, and a checkpoint is made when they differ. Ctrl-C or SIGTERM
+end protection; the guest goes on."""
 
 
 def build_parser() -> Parser:
@@ -68,6 +71,11 @@ def build_parser() -> Parser:
         "--timer",
         action="store_true",
         help="pause the guest by a timer at each interval (not used with --colo)",
+    )
+    classic.add_argument(
+        "--no-disk",
+        action="store_true",
+        help="protect a domain whose disks are not replicated, without them (not with --colo)",
     )
 
     colo = parser.add_argument_group("COLO")
@@ -127,7 +135,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> ColoOptions:
+def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
     """The options of a command line.
 
     :raise ConfigError: they are wrong.
@@ -135,12 +143,11 @@ def parse(argv: Sequence[str]) -> ColoOptions:
     """
     given = build_parser().parse_intermixed_args(argv)
     if not given.colo:
-        raise ConfigError(
-            "Remus's classic mode is not in this release yet: give --colo to protect the domain with COLO"
-        )
+        return remus_options.from_arguments(given, [])
     for option, because in (
         ("blackhole", "COLO compares with a copy that runs on the destination"),
         ("no_net", "COLO is about the network output"),
+        ("no_disk", "both copies run, and would write to it"),
     ):
         if getattr(given, option):
             raise ConfigError(f"--{option.replace('_', '-')} cannot be used with --colo: {because}")
@@ -222,8 +229,8 @@ def _body(argv: Sequence[str]) -> int:
     check_root("remus")
     for note in options.notes:
         print(f"remus: note: {note}", file=sys.stderr)
-    primary = load("remus_colo.primary", "install remus_colo with what it depends on")
-    return int(primary.run(options))
+    module = "remus_colo.remus" if isinstance(options, RemusOptions) else "remus_colo.primary"
+    return int(load(module, "install remus_colo with what it depends on").run(options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

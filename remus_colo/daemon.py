@@ -26,6 +26,8 @@ from remus_colo.relocation.wire import VERSION, Message
 from remus_colo.session.backup import BackupConfig, BackupSession, Creation
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.remus_backup import RemusBackupSession, RemusCreation
+from remus_colo.session.remus_sender import MODE as REMUS_MODE
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +217,8 @@ class Daemon:
         def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
             return Peer(loop, control, data, heartbeat, **callbacks)
 
-        creation = Creation.parse(create)
+        remus = create.fields["mode"] == REMUS_MODE
+        creation = RemusCreation.parse(create) if remus else Creation.parse(create)
         log.info("%s protects %s here", host, creation.name)
 
         def event(name: str, /, **fields: Any) -> None:
@@ -225,7 +228,11 @@ class Daemon:
         config = BackupConfig(
             lan_bridge=self._options.bridge, fence=self._options.fence, unknown=self._options.unknown_primary
         )
-        session = BackupSession(config, creation, make_peer, self._clock, event)
+        session: BackupSession
+        if isinstance(creation, RemusCreation):
+            session = RemusBackupSession(config, creation, make_peer, self._clock, event)
+        else:
+            session = BackupSession(config, creation, make_peer, self._clock, event)
         with self._lock:
             self._sessions[create.generation] = session
         try:

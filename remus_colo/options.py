@@ -74,8 +74,8 @@ class ColoOptions:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_word("the domain", self.domain)
-        _check_word("the destination", self.destination)
+        check_word("the domain", self.domain)
+        check_word("the destination", self.destination)
         check_port(self.port)
         check_heartbeat(self.heartbeat_interval_s, self.heartbeat_timeout_s)
         if not self.compare_timeout_s > 0:
@@ -84,7 +84,8 @@ class ColoOptions:
             raise ConfigError("--period must be 0 (never) or more ms")
 
 
-def _check_word(what: str, word: str) -> None:
+def check_word(what: str, word: str) -> None:
+    """:raise ConfigError: ``word`` can be no name of a domain or host."""
     if not word or word.startswith("-") or any(char.isspace() or not char.isprintable() for char in word):
         raise ConfigError(f"{what} {word!r} is no name")
 

@@ -59,7 +59,7 @@ def run(options: ColoOptions) -> int:
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_only_one(domid, name))
+        stack.enter_context(only_one(domid, name))
         store = stack.enter_context(Store())
         guest = stack.enter_context(xenctrl.Guest(domid, writable=False))
         refuse_config(name, toolstack.domain_config(domid))
@@ -72,8 +72,8 @@ def run(options: ColoOptions) -> int:
         engine = PvmEngine(guest, store, layout, clock)
         generation = secrets.randbits(31) | 1
         console = stack.enter_context(Console(options, name))
-        control = stack.enter_context(_connect(options, generation, "control"))
-        data = stack.enter_context(_connect(options, generation, "data"))
+        control = stack.enter_context(connect(options, generation, "control"))
+        data = stack.enter_context(connect(options, generation, "data"))
         sample = _measure_clocks(control, clock)
         guest.map_memory()
         choice = choose(
@@ -114,7 +114,7 @@ def _protect(
 
 
 @contextlib.contextmanager
-def _only_one(domid: int, name: str) -> Iterator[None]:
+def only_one(domid: int, name: str) -> Iterator[None]:
     """Hold the lock that says this domain is being protected from this host.
 
     The file stays: unlinking it would let two processes lock two files of one name.
@@ -134,7 +134,7 @@ def _only_one(domid: int, name: str) -> Iterator[None]:
         yield
 
 
-def _connect(options: ColoOptions, generation: int, channel_name: str) -> Channel:
+def connect(options: ColoOptions, generation: int, channel_name: str) -> Channel:
     """Open one of the two channels and introduce ourselves.
 
     :raise PeerLost, PeerError: nobody is there, or it refused.

@@ -76,6 +76,19 @@ def restore_paused(stream_fd: int) -> subprocess.Popen[bytes]:
     )
 
 
+def receive_checkpoints(stream_fd: int) -> subprocess.Popen[bytes]:
+    """Start ``xl migrate-receive`` of a Remus stream, in a session of its own. The caller closes ``stream_fd``."""
+    if shutil.which("xl") is None:
+        raise HostError("the xl command was not found: install your distribution's xen-utils package")
+    return subprocess.Popen(
+        ("xl", "migrate-receive", "-r"),
+        stdin=stream_fd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 def destroy(domid: int) -> None:
     """Destroy a domain and its devices; nothing happens if it is gone."""
     try:

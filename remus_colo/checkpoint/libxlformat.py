@@ -23,6 +23,12 @@ STREAM_VERSION = 2
 RECORD_HEADER = struct.Struct("<II")  # type, length
 RECORD_END = 0
 RECORD_LIBXC_CONTEXT = 1
+RECORD_EMULATOR_XENSTORE_DATA = 2
+RECORD_EMULATOR_CONTEXT = 3
+RECORD_CHECKPOINT_END = 4
+RECORD_ALIGNMENT = 8
+EMULATOR_HEADER = struct.Struct("<II")  # which emulator, its index
+EMULATOR_QEMU_UPSTREAM = 2
 
 
 def prologue(config: dict[str, Any]) -> bytes:
@@ -43,3 +49,23 @@ def prologue(config: dict[str, Any]) -> bytes:
 def epilogue() -> bytes:
     """What comes after it."""
     return RECORD_HEADER.pack(RECORD_END, 0)
+
+
+def checkpoint_end(device_model: bytes = b"", device_model_xenstore: bytes = b"") -> bytes:
+    """What follows libxenguest's CHECKPOINT record in a checkpointed stream.
+
+    :param device_model: state of an HVM guest's QEMU, as it saves it; empty for a guest without one.
+    :param device_model_xenstore: its xenstore nodes, each a path and a value that end with a zero byte.
+    """
+    records = []
+    if device_model:
+        header = EMULATOR_HEADER.pack(EMULATOR_QEMU_UPSTREAM, 0)
+        if device_model_xenstore:
+            records.append(_record(RECORD_EMULATOR_XENSTORE_DATA, header + device_model_xenstore))
+        records.append(_record(RECORD_EMULATOR_CONTEXT, header + device_model))
+    records.append(_record(RECORD_CHECKPOINT_END, b""))
+    return b"".join(records)
+
+
+def _record(kind: int, body: bytes) -> bytes:
+    return RECORD_HEADER.pack(kind, len(body)) + body + bytes(-len(body) % RECORD_ALIGNMENT)

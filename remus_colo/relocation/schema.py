@@ -40,6 +40,7 @@ class MessageType(enum.IntEnum):
     TAKEOVER = 18
     STOP = 19
     BYE = 20
+    CHECKPOINT_STREAM = 21
 
 
 Check = Callable[[Any], bool]
@@ -137,4 +138,5 @@ SCHEMAS: Mapping[MessageType, Schema] = {
     MessageType.TAKEOVER: _control(),
     MessageType.STOP: _control(reason=TEXT),
     MessageType.BYE: _control(),
+    MessageType.CHECKPOINT_STREAM: _bulk(8 * MIB),
 }

@@ -54,9 +54,13 @@ class Console:
 
     def event(self, event: str, /, **fields: Any) -> None:
         self._log.event(event, **fields)
-        sentence = SENTENCES.get(event)
+        sentence = self.sentence(event)
         if sentence is not None:
             self._status.say(f"{self._name}: {sentence.format(**fields)}")
+
+    def sentence(self, event: str) -> str | None:
+        """What the user is told of an event, None for nothing; a format for its fields."""
+        return SENTENCES.get(event)
 
     def watch(self, loop: Loop, session: PrimarySession) -> None:
         """Refresh the status from now on, in the loop's thread."""

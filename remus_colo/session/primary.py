@@ -21,7 +21,8 @@ from remus_colo.adapters import toolstack, xenctrl
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import birth, transfer
 from remus_colo.checkpoint.guestinfo import Mode
-from remus_colo.checkpoint.pvm import SUSPEND_TIMEOUT_S, PvmEngine, Snapshot
+from remus_colo.checkpoint.pvm import PvmEngine, Snapshot
+from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S
 from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import DECIDING
@@ -131,7 +132,7 @@ class PrimarySession:
             beats=lambda: self.machine.beats,
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
-        self.path = PrimaryPath(loop, engine.layout.vifs, config.tag, config.compare, self._on_request)
+        self.path = self._make_path()
         self._lan = LanWatch(self.path.links, engine.layout.vifs, store)
         self._pending: CheckpointRequest | None = None  # asked for while another was under way
         self._reason = Reason.START
@@ -162,6 +163,11 @@ class PrimarySession:
             A.STOP_PVM: self._stop_pvm,
             A.CLEAN_UP: self.loop.stop,
         }
+
+    def _make_path(self) -> PrimaryPath:
+        return PrimaryPath(
+            self.loop, self.engine.layout.vifs, self.config.tag, self.config.compare, self._on_request
+        )
 
     # -- running -----------------------------------------------------------------------------------------
 

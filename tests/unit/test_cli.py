@@ -105,8 +105,8 @@ def test_classic_options_without_a_meaning_for_colo_are_noted() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("web backup", "classic mode is not in this release yet: give --colo"),
-        ("-i 25 --no-net web backup", "classic mode is not in this release yet"),
+        ("-i 0 web backup", "--interval must be at least 1 ms"),
+        ("--colo --no-disk web", "--no-disk cannot be used with --colo"),
         ("--colo", "required: domain"),
         ("--colo a b c", "unrecognized arguments: c"),
         ("--colo --blackhole web", "--blackhole cannot be used with --colo"),

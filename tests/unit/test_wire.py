@@ -68,7 +68,7 @@ def test_golden_frame() -> None:
 def test_every_type_has_a_schema_and_a_number_of_its_own() -> None:
     assert set(SCHEMAS) == set(MessageType)
     assert {kind for kind in MessageType if not SCHEMAS[kind].bulk} == set(EXAMPLES)
-    assert sorted(MessageType) == list(range(1, 21))
+    assert sorted(MessageType) == list(range(1, 22))
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
@@ -101,8 +101,8 @@ def test_missing_and_wrong_fields_are_refused(kind: MessageType, name: str) -> N
         (frame(magic=b"HTTP"), r"expected magic b'RCOL', got b'HTTP'"),
         (frame(version=2), "expected protocol version 1, got 2"),
         (frame(flags=0x8001), "expected 0x0000, got 0x8001"),
-        (frame(kind=0), "unknown message type: expected 1 to 20, got 0"),
-        (frame(kind=21), "unknown message type: expected 1 to 20, got 21"),
+        (frame(kind=0), "unknown message type: expected 1 to 21, got 0"),
+        (frame(kind=22), "unknown message type: expected 1 to 21, got 22"),
         (frame(length=64 * 1024 + 1), "ACK: expected a payload of at most 65536 bytes, got 65537"),
         (
             frame(kind=MessageType.PAGES, length=2**32 - 1),

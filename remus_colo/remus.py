@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""``remus domain host`` without ``--colo``: check, connect, take checkpoints, and report."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import secrets
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from remus_colo.adapters import kmod, toolstack
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.xenctrl import Guest
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint.guestinfo import refuse_stopped
+from remus_colo.checkpoint.periodic import RoundTimes
+from remus_colo.devices import netbuffer
+from remus_colo.devices.device import CheckpointedDevice, DeviceSet
+from remus_colo.devices.disk import replicated_disks
+from remus_colo.devices.netbuffer import BufferedVif
+from remus_colo.errors import ExitStatus
+from remus_colo.primary import connect, only_one
+from remus_colo.relocation.channel import Channel
+from remus_colo.remus_options import RemusOptions
+from remus_colo.session.loop import Loop
+from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.remus_console import RemusConsole
+from remus_colo.session.remus_primary import RemusConfig, RemusEngine, RemusSession
+from remus_colo.session.remus_worker import CheckpointWorker, checkpoint_fields
+from remus_colo.session.testpoints import TestPoints
+
+log = logging.getLogger(__name__)
+
+
+def run(options: RemusOptions) -> int:
+    """Protect a domain until something ends it. Returns the exit status.
+
+    :raise RemusError: protection could not begin; nothing is left behind.
+    """
+    domid = toolstack.find_domain(options.domain)
+    name = toolstack.domain_name(domid)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_one(domid, name))
+        store = stack.enter_context(Store())
+        with Guest(domid, writable=False) as guest:
+            refuse_stopped(name, guest.info())
+        config = toolstack.domain_config(domid)
+        disks = replicated_disks(name, config.get("disks", []), blackhole=options.blackhole, no_disk=options.no_disk)
+        kmod.load("xen_netback", "the guest's network")
+        console = stack.enter_context(RemusConsole(options, name))
+        engine = RemusEngine(domid, store, device_model=_kind(config) == "hvm")
+        try:
+            devices = DeviceSet([*disks, *_buffers(engine.layout.vifs, options)])
+            if options.blackhole:
+                return _run_blackhole(options, engine, devices, console)
+            generation = secrets.randbits(31) | 1
+            control = stack.enter_context(connect(options, generation, "control"))
+            data = stack.enter_context(connect(options, generation, "data"))
+            devices.setup()
+            stack.callback(devices.teardown)  # the session does so; this is for what fails before
+            return _protect(options, name, engine, store, devices, control, data, console)
+        finally:
+            engine.close()
+
+
+def _kind(config: dict[str, Any]) -> str:
+    return str(config.get("b_info", {}).get("type") or config.get("c_info", {}).get("type"))
+
+
+def _buffers(vifs: tuple[Vif, ...], options: RemusOptions) -> list[CheckpointedDevice]:
+    """What holds the guest's output; nothing with ``--no-net``."""
+    if not options.buffer_network or not vifs:
+        return []
+    netbuffer.load_modules()
+    tag = secrets.randbits(24)
+    return [BufferedVif(vif.ifname, f"rci{tag:06x}.{vif.handle}") for vif in vifs]
+
+
+def _protect(
+    options: RemusOptions,
+    name: str,
+    engine: RemusEngine,
+    store: Store,
+    devices: DeviceSet,
+    control: Channel,
+    data: Channel,
+    console: RemusConsole,
+) -> int:
+    loop = Loop()
+    points = TestPoints(engine.guest.domid, devices)
+
+    def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
+        return Peer(loop, control, data, heartbeat, **callbacks)
+
+    local, remote = control.addresses
+    config = RemusConfig(
+        name=name,
+        heartbeat=HeartbeatConfig(options.heartbeat_interval_s, options.heartbeat_timeout_s),
+        interval_s=options.interval_s,
+        timer=options.timer,
+        compression=options.compression,
+        same_host=local == remote or ipaddress.ip_address(remote).is_loopback,
+        destination=options.destination,
+        fence=options.fence,
+    )
+    session = RemusSession(loop, config, engine, store, make_peer, console.event, devices, points.reached)
+    console.watch(loop, session)
+    points.listen(loop)
+    try:
+        with _signals(console, session.request_stop):
+            status = session.run()
+    finally:
+        loop.close()
+    console.event("ended", status=int(status), meaning=status.name.lower())
+    if session.failure is not None and status is not ExitStatus.FENCED:
+        raise session.failure
+    return int(status)
+
+
+def _run_blackhole(
+    options: RemusOptions, engine: RemusEngine, devices: DeviceSet, console: RemusConsole
+) -> int:
+    """Checkpoints without a backup: for what they cost the guest."""
+    loop = Loop()
+    points = TestPoints(engine.guest.domid, devices)
+    failure: list[BaseException] = []
+
+    def note(times: RoundTimes) -> None:
+        if times.number == 1:
+            console.event("blackhole")
+        console.event("checkpoint", **checkpoint_fields(times))
+
+    worker = CheckpointWorker(
+        engine.suspender,
+        devices,
+        interval_s=options.interval_s,
+        timer=options.timer,
+        on_checkpoint=note,
+        probe=points.reached,
+    )
+
+    def ended(_: object, error: BaseException | None) -> None:
+        if error is not None:
+            failure.append(error)
+        loop.stop()
+
+    devices.setup()
+    try:
+        points.listen(loop)
+        console.watch_worker(loop, worker)
+        with _signals(console, worker.end):
+            loop.thread("checkpoints", worker.run, ended)
+            loop.run()
+    finally:
+        devices.teardown()
+        loop.close()
+    if failure:
+        raise failure[0]
+    console.event("ended", status=0, meaning=ExitStatus.OK.name.lower())
+    return int(ExitStatus.OK)
+
+
+@contextlib.contextmanager
+def _signals(console: RemusConsole, stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end protection."""
+
+    def on_signal(number: int, _frame: object) -> None:
+        console.event("signal", name=signal.Signals(number).name)
+        stop()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

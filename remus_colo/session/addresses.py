@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Learns which IPv4 addresses a vif's guest has, and who else is on its LAN: by them the backup finds out who is alive."""
+
+from __future__ import annotations
+
+import logging
+
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.rawlink import Frame, RawLink
+from remus_colo.adapters.xenstore import Store
+from remus_colo.errors import RemusError
+from remus_colo.proxy.announce import AddressBook, parse_arp
+from remus_colo.session.lan import ETHERTYPE_ARP, ipv4_of, mac_bytes, uplinks
+from remus_colo.session.loop import Loop
+
+log = logging.getLogger(__name__)
+
+# A look at all that the guest sends, so often and at so many frames; ARP on the LAN is seen all the time.
+LOOK_INTERVAL_S = 5.0
+LOOK_FRAMES = 32
+NEIGHBOURS = 16
+
+
+class AddressWatch:
+    """One vif's. Belongs to the loop's thread."""
+
+    def __init__(self, loop: Loop, links: Links, vif: Vif, store: Store) -> None:
+        self._loop = loop
+        self._vif = vif
+        mac = store.read(f"{vif.backend}/mac")
+        self._mac = mac_bytes(mac) if mac else b""
+        self._book = AddressBook(self._mac)
+        self._neighbours: dict[str, None] = {}  # those that spoke last, oldest first
+        self._arp: list[RawLink] = []
+        self._look: RawLink | None = None
+        self._looked = 0
+        self._closed = False
+        bridge = links.master_of(vif.ifname) if links.exists(vif.ifname) else None
+        try:
+            for port in uplinks(bridge) if bridge else []:
+                raw = RawLink(port, ETHERTYPE_ARP)
+                self._arp.append(raw)
+                loop.add_reader(raw, lambda raw=raw: self._read_arp(raw))
+        except RemusError as error:
+            log.info("%s", error)
+        self._begin_look()
+
+    def fields(self) -> dict[str, list[str]]:
+        """What CHECKPOINT_BEGIN tells of it."""
+        return {
+            "addresses": [str(address) for address in ipv4_of(self._book)],
+            "neighbours": list(self._neighbours),
+        }
+
+    def _begin_look(self) -> None:
+        if self._closed:
+            return
+        self._end_look()
+        self._looked = 0
+        try:
+            self._look = RawLink(self._vif.ifname, receive_buffer_bytes=1 << 16)
+            self._loop.add_reader(self._look, self._read_look)
+        except RemusError as error:
+            log.info("%s", error)
+        self._loop.call_later(LOOK_INTERVAL_S, self._begin_look)
+
+    def _end_look(self) -> None:
+        look, self._look = self._look, None
+        if look is not None:
+            self._loop.remove_reader(look)
+            look.close()
+
+    def _read_look(self) -> None:
+        look = self._look
+        while look is not None and self._looked < LOOK_FRAMES:
+            frame = self._next(look)
+            if frame is None:
+                return
+            self._looked += 1
+            if frame.source_mac != self._mac:
+                continue
+            if frame.ethertype == ETHERTYPE_ARP:
+                self._book.learn_arp(frame.payload)
+            else:
+                self._book.learn_packet(frame.payload)
+        self._end_look()
+
+    def _read_arp(self, raw: RawLink) -> None:
+        while (frame := self._next(raw)) is not None:
+            arp = parse_arp(frame.payload)
+            if arp is None or arp.sender_mac == self._mac or arp.sender_ip.is_unspecified:
+                continue
+            self._neighbours.pop(str(arp.sender_ip), None)
+            self._neighbours[str(arp.sender_ip)] = None
+            if len(self._neighbours) > NEIGHBOURS:
+                del self._neighbours[next(iter(self._neighbours))]
+
+    def _next(self, raw: RawLink) -> Frame | None:
+        try:
+            return raw.recv()
+        except RemusError as error:
+            log.info("%s", error)
+            self._loop.remove_reader(raw)
+            return None
+
+    def close(self) -> None:
+        self._closed = True
+        self._end_look()
+        for raw in self._arp:
+            self._loop.remove_reader(raw)
+            raw.close()
+        self._arp = []

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The backup's session in Remus mode: checkpoints go to a waiting ``xl``, which starts the guest at failover.
+
+Nothing of the guest runs here before, so there is no network to keep apart.  What xl has had are complete checkpoints
+only: one that breaks off never leaves this process.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any
+
+from remus_colo.adapters import xenctrl
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.rawlink import RawLink
+from remus_colo.checkpoint import libxlformat
+from remus_colo.checkpoint.delta import DeltaDecoder
+from remus_colo.checkpoint.receiver import Receiver
+from remus_colo.errors import DomainError, MessageError, RemusError, StateError, XenError
+from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.failover.backup import BackupEvent as E
+from remus_colo.failover.backup import BackupState
+from remus_colo.proxy import announce
+from remus_colo.relocation.bulk import CheckpointDigest, parse_state
+from remus_colo.relocation.schema import MessageType
+from remus_colo.relocation.wire import Message
+from remus_colo.session.backup import (
+    ANNOUNCE_INTERVAL_S,
+    ANNOUNCE_REPEATS,
+    GUEST_CHECK_S,
+    BackupConfig,
+    BackupSession,
+)
+from remus_colo.session.fence import run_hook
+from remus_colo.session.lan import mac_bytes, probe_guest
+from remus_colo.session.peer import PROBE_WINDOW, HeartbeatConfig, Peer
+from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE
+
+log = logging.getLogger(__name__)
+
+# Of one checkpoint, packed: more does not come from a guest that any backup could follow.
+CHECKPOINT_LIMIT_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class RemusCreation:
+    """A CREATE message of mode "remus", checked."""
+
+    name: str
+    config: dict[str, Any]
+    same_host: bool
+    handles: tuple[int, ...]
+    heartbeat: HeartbeatConfig
+
+    @classmethod
+    def parse(cls, message: Message) -> RemusCreation:
+        """:raise MessageError: a part is missing or malformed."""
+        fields = message.fields
+        try:
+            config = dict(fields["config"])
+            name = config["c_info"]["name"]
+            if not isinstance(name, str) or not name:
+                raise ValueError("the configuration names no domain")
+            return cls(
+                name=str(fields["name"]),
+                config=config,
+                same_host=bool(fields["tunnel"]["same_host"]),
+                handles=tuple(int(handle) for handle in fields["tunnel"]["vifs"]),
+                heartbeat=HeartbeatConfig(
+                    float(fields["heartbeat"]["interval_s"]), float(fields["heartbeat"]["timeout_s"])
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A later checkpoint, as far as it has come."""
+
+    delta: bool
+    length: int
+    pieces: list[bytes]
+    size: list[int]
+
+
+class RemusBackupSession(BackupSession):
+    """One guest that is kept as its last complete checkpoint."""
+
+    creation: RemusCreation  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        config: BackupConfig,
+        creation: RemusCreation,
+        make_peer: Callable[..., Peer],
+        clock: xenctrl.Clock,
+        event: Callable[..., None],
+    ) -> None:
+        super().__init__(config, creation, make_peer, clock, event)  # type: ignore[arg-type]
+        self._receiver: Receiver | None = None
+        self._decoder = DeltaDecoder()
+        self._digest = CheckpointDigest()
+        self._incoming: Incoming | None = None
+        self._device_state = b""
+        self._complete = 0  # the last checkpoint that is whole
+        self._addresses: dict[int, list[IPv4Address]] = {}
+        self._neighbours: dict[int, list[IPv4Address]] = {}
+        self._links = Links()
+
+    # -- what comes ----------------------------------------------------------------------------------------
+
+    def _create_svm(self) -> None:
+        try:
+            self._receiver = Receiver(self._receiving_config())
+        except RemusError as error:
+            self._svm_failed(error)
+            return
+        self.loop.call(lambda: self._handle(E.SVM_CREATED))
+
+    def _receiving_config(self) -> dict[str, Any]:
+        """The primary's configuration, with bridges of this host.
+
+        :raise DomainError: there is none for a vif.
+        """
+        config = copy.deepcopy(self.creation.config)
+        if self.creation.same_host:
+            config["c_info"]["uuid"] = str(uuid.uuid4())
+        for index, nic in enumerate(config.get("nics", [])):
+            nic["bridge"] = self._bridge_of(index)
+            nic.pop("ifname", None)
+        return config
+
+    def _bridge_of(self, index: int) -> str:
+        nics = self.creation.config.get("nics", [])
+        named = nics[index].get("bridge") if index < len(nics) else None
+        for bridge in (named, self.config.lan_bridge):
+            if bridge and self._links.exists(bridge):
+                return str(bridge)
+        raise DomainError(f"there is no bridge {named or self.config.lan_bridge!r} on this host: name one by --bridge")
+
+    def _send_created(self) -> None:
+        self.peer.send(MessageType.CREATED, domid=0, ports={}, addresses={})
+
+    def _on_stream(self, chunk: bytes) -> None:
+        """In the reader's thread: a piece of the whole guest goes to xl as it comes."""
+        self._digest.update([chunk])
+        receiver = self._receiver
+        if receiver is None or self.machine.final or self.machine.state is BackupState.STANDING_DOWN:
+            return
+        try:
+            receiver.feed(chunk)
+        except RemusError as error:
+            self.loop.call(functools.partial(self._svm_failed, error))
+
+    def _on_message(self, message: Message) -> None:
+        kind = message.type
+        if self._peer_lost or kind not in (
+            MessageType.CHECKPOINT_BEGIN,
+            MessageType.CHECKPOINT_STREAM,
+            MessageType.STATE,
+            MessageType.CHECKPOINT_END,
+        ):
+            super()._on_message(message)
+            return
+        try:
+            self._on_checkpoint(message)
+        except (MessageError, RemusError) as error:
+            log.error("%s: %s", self.creation.name, error)
+            self._lost(str(error))
+
+    def _on_checkpoint(self, message: Message) -> None:
+        """A message of a checkpoint, from its beginning to its end."""
+        kind = message.type
+        if kind is MessageType.CHECKPOINT_BEGIN:
+            self._begin(message)
+        elif kind is MessageType.CHECKPOINT_STREAM:
+            self._digest.update([message.data])
+            incoming = self._incoming
+            if incoming is None:
+                return  # of a checkpoint that was given up
+            incoming.pieces.append(bytes(message.data))
+            incoming.size[0] += len(message.data)
+            if incoming.size[0] > CHECKPOINT_LIMIT_BYTES:
+                raise MessageError(f"a checkpoint of more than {CHECKPOINT_LIMIT_BYTES} bytes")
+        elif kind is MessageType.STATE:
+            self._digest.update([message.data])
+            name, data = parse_state(message.data)
+            if name != DEVICE_MODEL_STATE:
+                raise MessageError(f"the primary sent the state {name!r}, which this host does not know")
+            self._device_state = bytes(data)
+        else:
+            self._digest.verify(message.fields)
+            self._complete = message.epoch
+            self._handle(E.CHECKPOINT_COMPLETE)
+
+    def _begin(self, message: Message) -> None:
+        fields = message.fields
+        try:
+            codec, length = fields["codec"], int(fields["length"])
+            addresses, neighbours = _by_handle(fields["addresses"]), _by_handle(fields["neighbours"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise MessageError(f"CHECKPOINT_BEGIN lacks a part or has a malformed one: {error!r}") from error
+        if codec not in (CODEC_NONE, CODEC_DELTA) or not 0 <= length <= CHECKPOINT_LIMIT_BYTES:
+            raise MessageError(f"CHECKPOINT_BEGIN announces {length} bytes as {codec!r}")
+        self._addresses.update(addresses)
+        self._neighbours.update(neighbours)
+        self._device_state = b""
+        if message.epoch > 1:
+            self._digest = CheckpointDigest()
+            self._incoming = Incoming(codec == CODEC_DELTA, length, [], [0])
+        self._handle(E.CHECKPOINT_BEGIN)
+
+    def _pause_svm(self) -> None:
+        pass  # nothing runs
+
+    def _send_dirty(self) -> None:
+        pass  # nothing here changes the guest
+
+    def _discard_buffer(self) -> None:
+        self._incoming = None
+
+    def _resume_svm(self) -> None:
+        pass
+
+    def _apply_checkpoint(self) -> None:
+        incoming, self._incoming = self._incoming, None
+        receiver = self._receiver
+        if receiver is None:
+            raise StateError("a checkpoint, and nobody to take it")
+        device_state, self._device_state = self._device_state, b""
+        self._busy = True
+
+        def apply() -> float:
+            if incoming is not None:
+                stream: bytes | bytearray
+                if incoming.delta:
+                    stream = self._decoder.decode(incoming.pieces, incoming.length)
+                else:
+                    stream = b"".join(incoming.pieces)
+                receiver.feed(stream)
+            receiver.feed(libxlformat.checkpoint_end(device_state))
+            return 0.0
+
+        self.loop.thread("apply", apply, self._on_applied)
+
+    def _on_applied(self, _: float | None, error: BaseException | None) -> None:
+        self._busy = False
+        if self.machine.state is BackupState.STANDING_DOWN or self.machine.final:
+            return  # xl was ended under its hands
+        if error is not None:
+            self._svm_failed(error)
+        else:
+            self._handle(E.APPLIED)
+
+    def _send_resumed(self) -> None:
+        self.peer.send(MessageType.RESUMED, self._epoch)
+
+    # -- failover ------------------------------------------------------------------------------------------
+
+    def _judge(self) -> Verdict:
+        """In a thread: the fencing hook if there is one, else whether the guest still answers on the LAN."""
+        if self.config.fence:
+            return run_hook(self.config.fence, self.creation.name, self.peer.control.peer)
+        window_s = self.creation.heartbeat.timeout_s * PROBE_WINDOW
+        verdicts = [Verdict.UNKNOWN] if not self.creation.handles else []
+        for index, handle in enumerate(self.creation.handles):
+            bridge = self._bridge_of(index)
+            with Links() as links:
+                own_mac = mac_bytes(links.mac(bridge))
+            verdicts.append(
+                probe_guest(
+                    bridge,
+                    own_mac,
+                    self._mac_of(index),
+                    self._addresses.get(handle, []),
+                    self._neighbours.get(handle, []),
+                    LanProbe(window_s, window_s / 2),
+                )
+            )
+        for verdict in (Verdict.ALIVE, Verdict.UNKNOWN):
+            if verdict in verdicts:
+                return verdict
+        return Verdict.DEAD
+
+    def _mac_of(self, index: int) -> bytes:
+        """:raise DomainError: the vif has none."""
+        nics = self.creation.config.get("nics", [])
+        mac = nics[index].get("mac") if index < len(nics) else None
+        if mac is None:
+            raise DomainError(f"the configuration of {self.creation.name} gives its vif {index} no MAC address")
+        return mac_bytes(str(mac))
+
+    def _open_lan(self) -> None:
+        """Let xl finish: it makes the devices, with their places in the bridges, and lets the guest run."""
+        receiver = self._receiver
+        if receiver is None:
+            raise StateError("a takeover without a guest")
+        self._busy = True
+        self._event("starting", epoch=self._complete)
+        log.warning("%s: the primary is gone, the guest starts here from checkpoint %d", self.creation.name, self._complete)
+        self.loop.thread("start", lambda: receiver.take_over(self.store), self._on_started)
+
+    def _on_started(self, domid: int | None, error: BaseException | None) -> None:
+        self._busy = False
+        if error is not None:
+            self._svm_failed(error)
+            return
+        self.domid = domid
+        self._event("active", domid=domid)
+        self._announce(ANNOUNCE_REPEATS)
+
+    def _announce(self, repeats: int) -> None:
+        """Tell the LAN where the guest is now; the guest does so, too, as soon as its interface is connected."""
+        if self.domid is None:
+            return  # not before it is there
+        for index, handle in enumerate(self.creation.handles):
+            try:
+                with RawLink(self._bridge_of(index)) as raw:
+                    for frame in announce.announcements(self._mac_of(index), self._addresses.get(handle, [])):
+                        raw.send(frame)
+            except RemusError as error:
+                log.error("could not announce the guest: %s", error)
+        if repeats > 1 and not self.machine.final:
+            self.loop.call_later(ANNOUNCE_INTERVAL_S, lambda: self._announce(repeats - 1))
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _check_guest(self) -> None:
+        self.loop.call_later(GUEST_CHECK_S, self._check_guest)
+        if self._busy or self._receiver is None or self.machine.final or self.machine.state is BackupState.STANDING_DOWN:
+            return
+        if self.machine.state is BackupState.ACTIVE:
+            if self.domid is not None and self.store.read(f"/local/domain/{self.domid}/name") is None:
+                self._svm_failed(DomainError("the guest has ended by itself"))
+        elif not self._receiver.running():
+            self._svm_failed(self._receiver.failure())
+
+    def _destroy_svm(self) -> None:
+        receiver = self._receiver
+
+        def destroy() -> None:
+            if receiver is not None:
+                receiver.abort(self.store)
+
+        def done(_: object, error: BaseException | None) -> None:
+            if error is not None:
+                if not isinstance(error, XenError):
+                    log.exception("while ending the copy", exc_info=error)
+                log.error("the copy was not destroyed: %s", error)
+            self._handle(E.SVM_DESTROYED)
+
+        self.loop.thread("destroy", destroy, done)
+
+    def _clean_up(self) -> None:
+        self._links.close()
+        super()._clean_up()
+
+
+def _by_handle(known: dict[str, list[str]]) -> dict[int, list[IPv4Address]]:
+    return {int(handle): [IPv4Address(address) for address in addresses] for handle, addresses in known.items()}

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The primary's session in Remus mode: the same peer, state machine and end as COLO's, other checkpoints.
+
+Two threads: the loop's, which has the state machine and the network, and the checkpoints', which is in libxenguest for most of the
+time.  The latter asks the former before each checkpoint, and waits for its acknowledgement there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from remus_colo.adapters import backend, toolstack
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.xenctrl import Guest
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint.periodic import Ended, RoundTimes
+from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S, Suspender
+from remus_colo.devices.device import DeviceSet
+from remus_colo.devices.netbuffer import held_packets, sent_packets
+from remus_colo.errors import PeerLost, RemusError
+from remus_colo.failover.primary import PrimaryAction as A
+from remus_colo.failover.primary import PrimaryEvent as E
+from remus_colo.failover.primary import PrimaryState
+from remus_colo.relocation.schema import MessageType
+from remus_colo.session.addresses import AddressWatch
+from remus_colo.session.loop import Loop
+from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.primary import GUEST_CHECK_S, STOP_TIMEOUT_S, PrimarySession
+from remus_colo.session.remus_sender import MODE, CheckpointSender
+from remus_colo.session.remus_worker import REASON, CheckpointWorker, checkpoint_fields
+
+log = logging.getLogger(__name__)
+
+# In CREATING and SYNCING nothing is asked of the loop that it would not grant soon; else it is the interval that waits.
+GRANT_LOOK_S = 0.5
+# In all others none is to be begun.
+CHECKPOINTS_GO_ON = frozenset(
+    {
+        PrimaryState.CONNECTING,
+        PrimaryState.CREATING,
+        PrimaryState.SYNCING,
+        PrimaryState.PROTECTED,
+        PrimaryState.CHECKPOINTING,
+        PrimaryState.COMMITTED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RemusConfig:
+    """What a protection runs with."""
+
+    name: str
+    heartbeat: HeartbeatConfig
+    interval_s: float
+    timer: bool
+    compression: bool
+    same_host: bool
+    destination: str
+    fence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    vifs: tuple[Vif, ...]
+
+
+class RemusMode(enum.StrEnum):
+    """How the status calls it, where COLO has its checkpoint modes."""
+
+    REMUS = MODE
+
+
+class RemusEngine:
+    """The guest as the session's common part sees it: alive or not, and with which vifs.
+
+    It is opened twice, since a handle of libxenctrl's is for one thread.
+    """
+
+    mode = RemusMode.REMUS
+
+    def __init__(self, domid: int, store: Store, *, device_model: bool = False) -> None:
+        self._stack = contextlib.ExitStack()
+        try:
+            self.guest = self._stack.enter_context(Guest(domid, writable=False))
+            stopped = self._stack.enter_context(Guest(domid, writable=False))
+            self.suspender = self._stack.enter_context(Suspender(stopped, store, device_model=device_model))
+            self.layout = Layout(tuple(backend.vifs(store, domid)))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def close(self) -> None:
+        """The guest runs on."""
+        self._stack.close()
+
+
+@dataclass(frozen=True, slots=True)
+class VifWatch:
+    vif: Vif
+    addresses: AddressWatch
+
+
+class WatchedPath:
+    """The guest's vifs as the session's common part sees them; their output is the devices'."""
+
+    def __init__(self, loop: Loop, vifs: tuple[Vif, ...], store: Store) -> None:
+        self.links = Links()
+        self.vifs = [VifWatch(vif, AddressWatch(loop, self.links, vif, store)) for vif in vifs]
+
+    def close(self) -> None:
+        for vif in self.vifs:
+            vif.addresses.close()
+        self.links.close()
+
+
+class SendingWorker(CheckpointWorker):
+    """Checkpoints that go to the backup, each when the session's loop grants it, committed when that says so."""
+
+    def __init__(self, session: RemusSession, sender: CheckpointSender, suspender: Suspender, **options: Any) -> None:
+        super().__init__(suspender, session.devices, **options)
+        self.sender = sender
+        self._session = session
+        self._begun_first = False
+        self._resumed = threading.Condition()
+        self._resumed_epoch = 0
+
+    def live(self, chunk: bytes) -> None:
+        if not self._begun_first:
+            self._begun_first = True
+            self.sender.begin_first()
+        self.sender.live(chunk)
+
+    def deliver(self, number: int, staged: memoryview) -> None:
+        state = self.loop.device_state if self.loop is not None else b""
+        if number == 1:
+            self.sender.finish_first(state)
+        else:
+            self.sender.send(number, staged, state)
+
+    def committed(self) -> bool:
+        """The loop releases output as soon as the backup acknowledges; here it is only waited for."""
+        number = self.stats.checkpoints
+        with self._resumed:
+            while self._resumed_epoch < number and not self.ending.is_set():
+                self._resumed.wait(GRANT_LOOK_S)
+        return super().committed() and self._session.grant_next(self.ending)
+
+    def commit(self) -> None:
+        pass
+
+    def resumed(self, epoch: int) -> None:
+        """In the loop's thread: the backup has taken the checkpoint, and the next may come."""
+        with self._resumed:
+            self._resumed_epoch = epoch
+            self._resumed.notify_all()
+
+    def end(self) -> None:
+        """From any thread: no more checkpoints."""
+        self.ending.set()
+        with self._resumed:
+            self._resumed.notify_all()
+
+
+class RemusSession(PrimarySession):
+    """One protection by Remus, from CREATE to its end.
+
+    :param devices: set up already; taken down by the session.
+    :param probe: see :class:`CheckpointWorker`.
+    """
+
+    config: RemusConfig  # type: ignore[assignment]
+    engine: RemusEngine  # type: ignore[assignment]
+    path: WatchedPath  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        loop: Loop,
+        config: RemusConfig,
+        engine: RemusEngine,
+        store: Store,
+        make_peer: Callable[..., Peer],
+        event: Callable[..., None],
+        devices: DeviceSet,
+        probe: Callable[[str], None] = lambda point: None,
+    ) -> None:
+        self.devices = devices
+        self._granted = threading.Event()
+        self._domain_config = toolstack.domain_config(engine.guest.domid)
+        super().__init__(loop, config, engine, store, make_peer, event)  # type: ignore[arg-type]
+        sender = CheckpointSender(self.peer.data, compress=config.compression, describe=self._describe)
+        self.worker = SendingWorker(
+            self,
+            sender,
+            engine.suspender,
+            interval_s=config.interval_s,
+            timer=config.timer,
+            on_checkpoint=self._on_checkpoint,
+            probe=probe,
+        )
+
+    def _make_path(self) -> WatchedPath:  # type: ignore[override]
+        return WatchedPath(self.loop, self.engine.layout.vifs, self.store)
+
+    def _describe(self) -> dict[str, Any]:
+        """In the checkpoints' thread."""
+        known = {str(vif.vif.handle): vif.addresses.fields() for vif in self.path.vifs}
+        return {name: {handle: fields[name] for handle, fields in known.items()} for name in ("addresses", "neighbours")}
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def _create_svm(self) -> None:
+        self.peer.send(
+            MessageType.CREATE,
+            name=self.config.name,
+            mode=MODE,
+            config=self._domain_config,
+            tunnel={"same_host": self.config.same_host, "vifs": [vif.vif.handle for vif in self.path.vifs]},
+            heartbeat={
+                "interval_s": self.config.heartbeat.interval_s,
+                "timeout_s": self.config.heartbeat.timeout_s,
+            },
+        )
+        self._event("creating", mode=MODE)
+
+    def _maybe_begin(self) -> None:
+        if self._created and self.machine.state is PrimaryState.CREATING:
+            self._lan.start()
+            self._handle(E.SVM_CREATED)
+
+    def _start_checkpoint(self) -> None:
+        self.stats.epoch += 1
+        if self.stats.epoch == 1:
+            self._guest_thread("checkpoints", self.worker.run, self._on_worker_ended)
+        self._granted.set()
+
+    def grant_next(self, ending: threading.Event) -> bool:
+        """In the checkpoints' thread: ask for the next one; False if there is to be none."""
+        self._granted.clear()
+        self.loop.call(self._due)
+        while not self._granted.wait(GRANT_LOOK_S):
+            if ending.is_set():
+                return False
+        return not ending.is_set()
+
+    def _due(self) -> None:
+        if self.machine.state is PrimaryState.PROTECTED:
+            self._handle(E.CHECKPOINT_DUE, reason=REASON)
+
+    def _on_checkpoint(self, times: RoundTimes) -> None:
+        """In the checkpoints' thread."""
+        self.stats.reasons[REASON] += 1
+        self.stats.pause_s.append(times.pause_s)
+        self.stats.bytes_sent = self.worker.sender.sent_bytes
+        self._event("checkpoint", **checkpoint_fields(times), sent_bytes=self.worker.sender.sent_bytes)
+
+    def _release_committed(self) -> None:
+        self.worker.probe("c")
+        try:
+            self.devices.commit()
+        except RemusError as error:
+            self._fail(error)
+        self.worker.probe("c2")
+
+    def _resume_comparing(self) -> None:
+        if self.stats.epoch == 1:
+            self._event("protected", mode=MODE)
+        self.worker.resumed(self.stats.epoch)
+
+    def _abandon_capture(self) -> None:
+        self.worker.end()
+
+    def _on_worker_ended(self, _: object, error: BaseException | None) -> None:
+        if error is None or self.machine.final or isinstance(error, Ended):
+            return
+        if isinstance(error, PeerLost):
+            log.info("%s", error)  # its readers report the loss
+            return
+        if isinstance(error, RemusError) and not self._guest_alive():
+            return
+        self._fail(error)
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _handle(self, event: E, reason: str = "") -> None:
+        super()._handle(event, reason)
+        if self.machine.state not in CHECKPOINTS_GO_ON:
+            self.worker.end()
+
+    def _check_guest(self) -> None:
+        self.loop.call_later(GUEST_CHECK_S, self._check_guest)
+        if not self._guest_alive() or self.machine.final or self.machine.state is PrimaryState.CONNECTING:
+            return
+        if self._lan.conflict():
+            self._event("lan-conflict")
+            self._handle(E.LAN_CONFLICT)
+
+    def packet_counters(self) -> dict[str, int]:
+        return {
+            "released_equal": 0,
+            "released_commit": sent_packets(self.devices),
+            "held": held_packets(self.devices),
+            "diverged": 0,
+        }
+
+    def _release_all(self) -> None:
+        self.devices.release_all()
+
+    def _clean_up(self) -> None:
+        drop_held = A.DROP_HELD in self.machine.ordered
+        self.worker.end()
+        self._lan.close()
+        self.peer.close()
+        if not self._guest_at_rest.wait(SUSPEND_TIMEOUT_S + STOP_TIMEOUT_S):
+            log.error("%s was asked to suspend, did not, and may yet: look after it with 'xl list'", self.config.name)
+        self.devices.teardown(drop_held=drop_held)
+        self.path.close()
+        self.engine.close()

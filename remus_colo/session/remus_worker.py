@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The thread that takes Remus's checkpoints, and what it has in common with and without a backup."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from remus_colo.checkpoint.periodic import PeriodicCheckpoints, RoundTimes
+from remus_colo.checkpoint.suspend import Suspender
+from remus_colo.devices.device import DeviceSet
+
+REASON = "interval"
+RECENT = 4096  # pauses that are remembered
+
+
+@dataclass(slots=True)
+class WorkerStats:
+    """:ivar pause_s: of the last checkpoints."""
+
+    checkpoints: int = 0
+    pause_s: list[float] = field(default_factory=list)
+    staged_bytes: int = 0
+
+
+class CheckpointWorker:
+    """Callbacks of :class:`PeriodicCheckpoints` with devices and an interval.
+
+    :param interval_s: from the suspend of one checkpoint to that of the next, if there is time enough.
+    :param probe: called with the name of each point at which a test may want the host to die.
+    """
+
+    def __init__(
+        self,
+        suspender: Suspender,
+        devices: DeviceSet,
+        *,
+        interval_s: float,
+        timer: bool,
+        on_checkpoint: Callable[[RoundTimes], None],
+        probe: Callable[[str], None] = lambda point: None,
+    ) -> None:
+        self.stats = WorkerStats()
+        self.devices = devices
+        self.ending = threading.Event()
+        self._suspender = suspender
+        self._interval_s = interval_s
+        self._timer = timer
+        self._on_checkpoint = on_checkpoint
+        self.probe = probe
+        self._begun_s = 0.0
+        self.loop: PeriodicCheckpoints | None = None
+
+    def run(self) -> None:
+        """Until :attr:`ending` is set, or something fails; the guest runs afterwards.
+
+        :raise RemusError: what failed.
+        """
+        self.loop = PeriodicCheckpoints(
+            self._suspender,
+            self,
+            self,
+            timer_s=self._interval_s if self._timer else 0.0,
+            on_round=self._note,
+        )
+        self.loop.run()
+
+    def _note(self, times: RoundTimes) -> None:
+        stats = self.stats
+        stats.checkpoints = times.number
+        stats.staged_bytes = times.staged_bytes
+        stats.pause_s.append(times.pause_s)
+        del stats.pause_s[:-RECENT]
+        self._on_checkpoint(times)
+
+    # -- where the copies go: nowhere, unless a subclass knows better ----------------------------------------
+
+    def live(self, chunk: bytes) -> None:
+        pass
+
+    def deliver(self, number: int, staged: memoryview) -> None:
+        pass
+
+    def commit(self) -> None:
+        """What was delivered is safe."""
+        self.probe("c")
+        self.devices.commit()
+        self.probe("c2")
+
+    # -- around each checkpoint ------------------------------------------------------------------------------
+
+    def going_on(self) -> bool:
+        return not self.ending.is_set()
+
+    def suspended(self) -> None:
+        self._begun_s = time.monotonic()
+        self.probe("s")
+        self.devices.postsuspend()
+        self.probe("s2")
+
+    def resuming(self) -> None:
+        self.probe("r")
+        self.devices.preresume()
+        self.probe("r2")
+
+    def committed(self) -> bool:
+        if self.ending.is_set():
+            return False
+        self.commit()
+        if not self._timer:
+            self.ending.wait(max(0.0, self._begun_s + self._interval_s - time.monotonic()))
+        return not self.ending.is_set()
+
+    def end(self) -> None:
+        """From any thread: no more checkpoints."""
+        self.ending.set()
+
+
+def checkpoint_fields(times: RoundTimes) -> dict[str, Any]:
+    """A checkpoint as the event log has it."""
+    return {
+        "epoch": times.number,
+        "reason": REASON,
+        "suspend_ms": round(times.suspend_s * 1000, 3),
+        "pause_ms": round(times.pause_s * 1000, 3),
+        "send_ms": round(times.deliver_s * 1000, 3),
+        "bytes": times.staged_bytes,
+    }
