@@ -292,28 +292,39 @@ int64_t rc_guest_apply(struct rc_guest *g, const uint64_t *gfns, const uint8_t *
     return absent;
 }
 
-/* One 64-bit hash a gfn (0 where nothing maps); for comparing two guests, not for security. */
+/* For comparing two guests, not for security; never 0. */
+static uint64_t hash_page(const uint8_t *page)
+{
+    uint64_t h = 0x9e3779b97f4a7c15ull;
+
+    for (unsigned int i = 0; i < RC_PAGE_SIZE; i += 8) {
+        uint64_t v;
+        memcpy(&v, page + i, 8);
+        h = (h ^ v) * 0xff51afd7ed558ccdull;
+        h ^= h >> 32;
+    }
+    return h | 1;
+}
+
+/* One hash a gfn, 0 where nothing maps.  Returns how many map. */
 int64_t rc_guest_hash(struct rc_guest *g, uint64_t *hashes)
 {
     int64_t n = 0;
 
     for (uint64_t gfn = 0; gfn < g->nr_gfns; gfn++) {
         const uint8_t *page = rc_guest_page(g, gfn);
-        uint64_t h = 0x9e3779b97f4a7c15ull;
 
-        hashes[gfn] = 0;
-        if (!page)
-            continue;
-        for (unsigned int i = 0; i < RC_PAGE_SIZE; i += 8) {
-            uint64_t v;
-            memcpy(&v, page + i, 8);
-            h = (h ^ v) * 0xff51afd7ed558ccdull;
-            h ^= h >> 32;
-        }
-        hashes[gfn] = h | 1;
-        n++;
+        hashes[gfn] = page ? hash_page(page) : 0;
+        n += page != NULL;
     }
     return n;
+}
+
+/* The hashes of copies of pages, each put at its gfn in @hashes. */
+void rc_hash_pages(const uint64_t *gfns, const uint8_t *pages, uint64_t count, uint64_t *hashes)
+{
+    for (uint64_t i = 0; i < count; i++)
+        hashes[gfns[i]] = hash_page(pages + i * RC_PAGE_SIZE);
 }
 
 int rc_logdirty_enable(struct rc_guest *g)

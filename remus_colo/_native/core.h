@@ -68,6 +68,7 @@ int rc_inject_vector(struct rc_guest *g, uint32_t apic_id, uint8_t vector);
 /* -- bulk helpers that need no guest -- */
 uint64_t rc_bitmap_or(uint8_t *into, const uint8_t *from, size_t size);
 uint64_t rc_bitmap_count(const uint8_t *bitmap, size_t size);
+void rc_hash_pages(const uint64_t *gfns, const uint8_t *pages, uint64_t count, uint64_t *hashes);
 int64_t rc_squeeze_zero_pages(uint64_t *gfns, uint8_t *pages, uint64_t count, uint64_t *zero_gfns);
 
 /* -- this host -- */

@@ -438,6 +438,19 @@ def bitmap_count(bitmap: bytes | bytearray) -> int:
     return int(lib.rc_bitmap_count(ffi.from_buffer("uint8_t[]", bitmap), len(bitmap)))
 
 
+def hash_pages(gfns: bytearray, pages: bytearray | memoryview, count: int, hashes: bytearray) -> None:
+    """Put the hashes of ``count`` copied pages at their gfns in ``hashes``, which is as of :meth:`Guest.hashes`."""
+    lib, ffi = _native()
+    if count and max(memoryview(gfns).cast("Q")[:count]) * 8 >= len(hashes):
+        raise ValueError("a gfn is beyond the hashes")
+    lib.rc_hash_pages(
+        ffi.cast("uint64_t *", ffi.from_buffer(gfns)),
+        ffi.cast("uint8_t *", ffi.from_buffer(pages)),
+        count,
+        ffi.cast("uint64_t *", ffi.from_buffer(hashes)),
+    )
+
+
 def squeeze_zero_pages(gfns: bytearray, pages: bytearray | memoryview, count: int) -> tuple[int, bytes]:
     """Close the gaps that all-zero pages leave. Returns (pages kept, gfns of the zero pages as u64s)."""
     lib, ffi = _native()
