@@ -32,7 +32,7 @@ test: test-here test-e2e
 
 # What needs no Xen: the network tests use real namespaces and queues, as far as this kernel has them.
 test-here: setup
-	$(TEST_PYTHON) -m pytest -q -ra tests/unit tests/property tests/netns
+	$(TEST_PYTHON) -m pytest -q -ra tests/unit tests/property tests/fuzz tests/netns
 
 test-e2e: setup
 	$(TEST_PYTHON) -m pytest -v -ra tests/e2e

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cffi import FFI
@@ -31,11 +32,12 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def make_builder(base: Path | None = None, extra_args: tuple[str, ...] = ()) -> FFI:
+def make_builder(base: Path | None = None, extra_args: Sequence[str] = (), extra_objects: Sequence[str] = ()) -> FFI:
     """The builder.
 
     :param base: what the names of the sources are relative to; None: they are absolute.
     :param extra_args: for the compiler and the linker, such as ``-fsanitize=address``.
+    :param extra_objects: object files to link in.
     """
 
     def name(path: Path) -> str:
@@ -52,6 +54,7 @@ def make_builder(base: Path | None = None, extra_args: tuple[str, ...] = ()) -> 
         depends=[name(path) for path in sorted((HERE / "compare").glob("*.h"))],
         extra_compile_args=[*COMPILE_ARGS, *extra_args],
         extra_link_args=list(extra_args),
+        extra_objects=list(extra_objects),
     )
     return builder
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -57,6 +58,9 @@ PYTHON_MODULES = {
     "cffi": "cffi",
     "setuptools": "setuptools",
 }
+# Built for these versions only; the fuzzer does without it elsewhere.
+if (3, 11) <= sys.version_info < (3, 14) and platform.machine() == "x86_64":
+    PYTHON_MODULES["atheris"] = "atheris"
 
 
 def setup() -> None:

@@ -6,89 +6,14 @@ from __future__ import annotations
 import struct
 
 import pytest
+from packets import ACK, FIN, HOLD, MASK, RST, SYN, Bench, ipv4, ipv6, tcp, udp
 
 from remus_colo.errors import StateError
-from remus_colo.proxy.comparator import Comparator, CompareConfig, Reason, describe
-
-FIN, SYN, RST, ACK = 1, 2, 4, 16
-MASK = (1 << 32) - 1
-
-
-def ipv4(protocol: int, body: bytes, ident: int = 0, fragment: int = 0, ttl: int = 64, tos: int = 0) -> bytes:
-    head = struct.pack(">BBHHHBBH", 0x45, tos, 20 + len(body), ident, fragment, ttl, protocol, ident)
-    return head + b"\x0a\0\0\1\x0a\0\0\2" + body
-
-
-def tcp(seq: int, ack: int, flags: int = ACK, data: bytes = b"", port: int = 4000, window: int = 9, options: bytes = b"",
-        **header: int) -> bytes:
-    offset = (5 + len(options) // 4) << 4
-    body = struct.pack(">HHIIBBHHH", 80, port, seq & MASK, ack & MASK, offset, flags, window, 0, 0) + options + data
-    return ipv4(6, body, **header)
-
-
-def udp(payload: bytes, port: int = 53, **header: int) -> bytes:
-    return ipv4(17, struct.pack(">HHHH", 5353, port, 8 + len(payload), 0) + payload, **header)
+from remus_colo.proxy.comparator import Reason, describe
 
 
 def echo(ident: int, data: bytes, checksum: int = 0, sequence: int = 1) -> bytes:
     return ipv4(1, struct.pack(">BBHHH", 0, 0, checksum, ident, sequence) + data)
-
-
-def ipv6(header: int, body: bytes) -> bytes:
-    return b"\x60\0\0\0" + struct.pack(">HBB", len(body), header, 64) + bytes(15) + b"\1" + bytes(15) + b"\2" + body
-
-
-class Bench:
-    """A comparator with numbered packets, checked after each call."""
-
-    def __init__(self, **config: float) -> None:
-        self.comparator = Comparator(CompareConfig(**config), 0.0)
-        self.now_s = 0.0
-        self.count = 0
-
-    def _out(self, decision) -> tuple[tuple[int, ...], Reason | None]:
-        self.comparator.check_invariants()
-        return decision.release, decision.checkpoint and decision.checkpoint.reason
-
-    def p(self, packet: bytes, ethertype: int = 0x0800):
-        self.count += 1
-        return self._out(self.comparator.primary(self.now_s, self.count, packet, ethertype))
-
-    def s(self, packet: bytes, ethertype: int = 0x0800):
-        return self._out(self.comparator.secondary(self.now_s, packet, ethertype))
-
-    def tick(self, now_s: float):
-        self.now_s = now_s
-        return self._out(self.comparator.tick(now_s))
-
-    def cut(self) -> int:
-        held = self.comparator.cut(self.now_s)
-        self.comparator.check_invariants()
-        return held
-
-    def commit(self):
-        return self._out(self.comparator.commit(self.now_s))
-
-    def resume(self):
-        return self._out(self.comparator.secondary_resumed(self.now_s))
-
-    def abort(self):
-        return self._out(self.comparator.abort_cut(self.now_s))
-
-    def checkpoint(self) -> tuple[int, ...]:
-        self.cut()
-        release, _ = self.commit()
-        self.resume()
-        return release
-
-    def connect(self, port: int = 4000, isn: int = 100, ack: int = 50) -> Bench:
-        """SYN-ACK on both sides: released as the next id."""
-        self.p(tcp(isn, ack, SYN | ACK, port=port))
-        assert self.s(tcp(isn + 5000, ack, SYN | ACK, port=port)) == ((self.count,), None)
-        return self
-
-
-HOLD = ((), None)
 
 
 def test_syn_ack_waits_for_the_svms_own_and_numbers_do_not_matter():

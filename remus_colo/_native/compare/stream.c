@@ -118,24 +118,35 @@ static void learn_shift(struct conn *conn)
         conn->shift = conn->isn - conn->secondary_isn;
 }
 
+/* What the SVM said before its space could be decided is where it sent it: put it where the PVM's stream begins. */
+static void move_early(struct conn *conn, int64_t position)
+{
+    int64_t first = conn->secondary.first ? conn->secondary.first->start : conn->secondary_fin, move;
+
+    if (first == NOWHERE)
+        return;
+    decide_space(conn, (uint32_t)first);
+    if (conn->space != SPACE_OWN)
+        return;
+    /* Unwrapped again: either number may have wrapped. */
+    move = position + (int32_t)((uint32_t)first + conn->shift - (uint32_t)position) - first;
+    for (struct run *run = conn->secondary.first; run; run = run->next)
+        run->start += move;
+    if (conn->secondary_fin != NOWHERE)
+        conn->secondary_fin += move;
+    for (int i = 0; i < URGENT_KEPT; i++) {
+        if (conn->secondary_urgent[i] != NOWHERE)
+            conn->secondary_urgent[i] += move;
+    }
+}
+
 /* The PVM's stream begins at position for us. */
 static void conn_start(struct colo *c, struct state *s, struct conn *conn, int64_t position, bool midstream)
 {
     int64_t conflict;
 
-    if (c->config.own_sequence && conn->shift && conn->secondary.first) {
-        decide_space(conn, (uint32_t)conn->secondary.first->start);
-        if (conn->space == SPACE_OWN) {
-            /* Unwrapped again: both numbers may have wrapped since. */
-            int64_t move = position + (int32_t)((uint32_t)conn->secondary.first->start + conn->shift -
-                                                (uint32_t)position) - conn->secondary.first->start;
-
-            for (struct run *run = conn->secondary.first; run; run = run->next)
-                run->start += move;
-            if (conn->secondary_fin != NOWHERE)
-                conn->secondary_fin += move;
-        }
-    }
+    if (c->config.own_sequence && conn->shift)
+        move_early(conn, position);
     conn->watermark = conn->origin = position;
     conn->midstream = midstream;
     if (midstream)
@@ -176,13 +187,21 @@ static void prune(struct colo *c, struct state *s)
     }
 }
 
-static struct conn *primary_syn(struct colo *c, struct state *s, uint32_t seq)
+/* All that the other side has said is that it refuses what this SYN accepts: the same attempt, not an older connection. */
+static bool refused(bool rst, bool has_ack, uint32_t rst_ack, bool syn_has_ack, uint32_t ack)
+{
+    return rst && has_ack && syn_has_ack && rst_ack == ack;
+}
+
+static struct conn *primary_syn(struct colo *c, struct state *s, uint32_t seq, bool has_ack, uint32_t ack)
 {
     struct conn *conn = s->primary;
 
     if (conn->has_isn && conn->isn == seq)
         return conn;
-    if (conn->primary_seen || (conn->secondary_seen && !conn->has_secondary_isn)) {
+    if (conn->primary_seen ||
+        (conn->secondary_seen && !conn->has_secondary_isn &&
+         !refused(conn->secondary_rst, conn->secondary_rst_has_ack, conn->secondary_rst_ack, has_ack, ack))) {
         conn = s->primary = following(c, conn);
         prune(c, s);
     }
@@ -193,14 +212,16 @@ static struct conn *primary_syn(struct colo *c, struct state *s, uint32_t seq)
     return conn;
 }
 
-static struct conn *secondary_syn(struct colo *c, struct state *s, uint32_t seq)
+static struct conn *secondary_syn(struct colo *c, struct state *s, uint32_t seq, bool has_ack, uint32_t ack)
 {
     struct conn *conn = s->secondary;
 
     /* A rewriter that has learned the offset in the meantime gives a repeated SYN the PVM's number. */
     if (conn->has_secondary_isn && (seq == conn->secondary_isn || (conn->has_isn && seq == conn->isn)))
         return conn;
-    if (conn->secondary_seen || (conn->primary_seen && !conn->has_isn)) {
+    if (conn->secondary_seen ||
+        (conn->primary_seen && !conn->has_isn &&
+         !refused(conn->primary_rst, conn->primary_rst_has_ack, conn->primary_rst_ack, has_ack, ack))) {
         if (conn->index > s->primary->index) {
             /* The SVM is one connection ahead already and opens yet another: that one replaces it. */
             uint64_t counted = conn->counted;
@@ -371,7 +392,9 @@ static void settle(struct colo *c, struct state *s, struct conn *conn, int64_t b
 static void primary_segment(struct colo *c, struct state *s, struct held *h)
 {
     bool fin = h->flags & TH_FIN, syn = h->flags & TH_SYN;
-    struct conn *conn = (h->flags & (TH_SYN | TH_RST)) == TH_SYN ? primary_syn(c, s, h->seq) : s->primary;
+    struct conn *conn = (h->flags & (TH_SYN | TH_RST)) == TH_SYN
+                            ? primary_syn(c, s, h->seq, h->flags & TH_ACK, h->wire_ack)
+                            : s->primary;
     int64_t start, data_end, end, high, before;
     struct source source;
 
@@ -512,7 +535,9 @@ static void secondary_units(struct colo *c, struct state *s, struct conn *conn, 
 /* An SVM segment, in the PVM's sequence space except for a SYN: compare what can be compared. */
 void stream_secondary(struct colo *c, struct state *s, const struct packet *p)
 {
-    struct conn *conn = (p->flags & (TH_SYN | TH_RST)) == TH_SYN ? secondary_syn(c, s, p->seq) : s->secondary;
+    struct conn *conn = (p->flags & (TH_SYN | TH_RST)) == TH_SYN
+                            ? secondary_syn(c, s, p->seq, p->flags & TH_ACK, p->ack)
+                            : s->secondary;
 
     conn->secondary_seen = true;
     if (p->flags & TH_ACK)
@@ -549,6 +574,9 @@ bool stream_ready(struct colo *c, struct state *s, struct held *h)
     if (h->flags & TH_RST) {
         const struct buf *theirs = conn->rst_payload;
 
+        /* A refused connection attempt is known by what it acknowledges: a later one may be accepted. */
+        if (h->seq == 0 && h->flags & TH_ACK && (!conn->secondary_rst_has_ack || conn->secondary_rst_ack != h->wire_ack))
+            return false;
         return conn->secondary_rst && h->size == (theirs ? theirs->size : 0) &&
                (!h->size || !memcmp(h->data, theirs->bytes, h->size));
     }
@@ -644,6 +672,8 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
     conn->primary_fin = old.primary_fin;
     conn->primary_ack = conn->secondary_ack = old.primary_ack;
     conn->primary_rst = conn->secondary_rst = old.primary_rst;
+    conn->primary_rst_has_ack = conn->secondary_rst_has_ack = old.primary_rst_has_ack;
+    conn->primary_rst_ack = conn->secondary_rst_ack = old.primary_rst_ack;
     memcpy(conn->primary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
     memcpy(conn->secondary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
 }
