@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remus_colo import report
-from remus_colo.adapters import bindings, kmod, xentime
+from remus_colo.adapters import bindings, kmod, xenctrl, xentime
 from remus_colo.cli import check_root, run_command
 from remus_colo.daemon_options import DaemonOptions, parse
 from remus_colo.errors import ExitStatus, HostError, PeerLost, RemusError
@@ -66,6 +66,7 @@ class Daemon:
         self._threads: list[threading.Thread] = []
         self._log = report.EventLog(options.log)
         self._clock = xentime.host_clock()
+        self._settable_clock = xenctrl.system_time(0) is not None
         self._listener = self._listen()
         self._wake_out, self._wake_in = socket.socketpair()
 
@@ -204,6 +205,7 @@ class Daemon:
                         "sent_ns": message.fields["sent_ns"],
                         "received_ns": received_ns,
                         "replied_ns": self._clock.now_ns(),
+                        "settable": self._settable_clock,
                     },
                 )
             elif message.type is MessageType.CREATE:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import ipaddress
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import GuestLayout, refuse_config, refuse_guest
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest
 from remus_colo.checkpoint.mode import Choice, choose
 from remus_colo.checkpoint.pvm import PvmEngine
 from remus_colo.errors import DomainError, ExitStatus, PeerError
@@ -68,20 +69,23 @@ def run(options: ColoOptions) -> int:
             kmod.load(module, purpose)
         backend.mount_debugfs()
         layout = GuestLayout.read(guest, store)
-        clock = xentime.host_clock()
+        clock = xentime.GuestClock(domid)
         engine = PvmEngine(guest, store, layout, clock)
         generation = secrets.randbits(31) | 1
         console = stack.enter_context(Console(options, name))
         control = stack.enter_context(connect(options, generation, "control"))
         data = stack.enter_context(connect(options, generation, "data"))
-        sample = _measure_clocks(control, clock)
+        sample, settable = _measure_clocks(control, clock)
         guest.map_memory()
         choice = choose(
-            options.checkpoint, offset_ns=sample.offset_ns, two_level_events=engine.uses_two_level_events()
-        )
+            options.checkpoint, offset_ns=sample.offset_ns, two_level_events=engine.uses_two_level_events(),
+            settable_clock=settable,
+        )  # fmt: skip
         engine.mode = choice.mode
         console.event("mode", mode=choice.mode.value, why=choice.why, clock_offset_ms=round(sample.offset_ns / 1e6, 3))
         config = _session_config(options, name, generation, control, choice, [vif.handle for vif in layout.vifs])
+        if settable and choice.mode is Mode.TRANSPARENT:
+            config = dataclasses.replace(config, clock_offset_ns=-sample.offset_ns)
         return _protect(config, engine, store, control, data, console)
 
 
@@ -161,9 +165,13 @@ def _expect(message: Message, kind: MessageType, host: str) -> None:
         raise PeerError(f"{host} answered {message.type.name} where {kind.name} was expected")
 
 
-def _measure_clocks(control: Channel, clock: xenctrl.Clock) -> ClockSample:
-    """The difference of the hosts' Xen clocks, from the quickest of some exchanges."""
+def _measure_clocks(control: Channel, clock: xenctrl.Clock) -> tuple[ClockSample, bool]:
+    """The backup's Xen clock against the guest's, and whether the backup can give a guest another one.
+
+    The quickest of some exchanges.
+    """
     samples = []
+    settable = False
     for _ in range(CLOCK_PROBES):
         sent_ns = clock.now_ns()
         control.send_control(MessageType.CLOCK_PROBE, 0, {"sent_ns": sent_ns})
@@ -173,7 +181,8 @@ def _measure_clocks(control: Channel, clock: xenctrl.Clock) -> ClockSample:
         samples.append(
             ClockSample(sent_ns, int(reply.fields["received_ns"]), int(reply.fields["replied_ns"]), returned_ns)
         )
-    return best_sample(samples)
+        settable = reply.fields.get("settable") is True
+    return best_sample(samples), settable
 
 
 def _session_config(

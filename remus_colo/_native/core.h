@@ -74,6 +74,10 @@ int64_t rc_squeeze_zero_pages(uint64_t *gfns, uint8_t *pages, uint64_t count, ui
 /* -- this host -- */
 int rc_runstate(uint32_t vcpu, uint64_t *entry_ns, uint64_t *sum_ns);
 
+/* -- system time offset: a Xen with our patch (patches/README.rst); ENOSYS without it -- */
+int rc_system_time_get(uint32_t domid, int64_t *offset_ns, uint64_t *now_ns);
+int rc_system_time_set(uint32_t domid, int64_t offset_ns);
+
 /* -- the guest's birth on the backup: libxenguest's stream, suspend is called once at its end -- */
 int rc_save(uint32_t domid, int fd, int live, int (*suspend)(void *), void *data);
 

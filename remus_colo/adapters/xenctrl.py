@@ -8,6 +8,7 @@ the compiled module ``remus_colo._native._xen``.  Foreign objects do not leave t
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -96,10 +97,10 @@ def _native() -> tuple[Any, Any]:
 
 
 def _fail(ffi: Any, operation: str, domid: int | None, what: str) -> XenError:
-    errno = ffi.errno
+    number = ffi.errno
     where = f" for domain {domid}" if domid is not None else ""
     return XenError(
-        f"{what}{where}: {operation} failed: {os.strerror(errno)}", operation=operation, domid=domid, errno=errno
+        f"{what}{where}: {operation} failed: {os.strerror(number)}", operation=operation, domid=domid, errno=number
     )
 
 
@@ -110,6 +111,42 @@ def runstate() -> tuple[int, int]:
     if lib.rc_runstate(0, entry, total) < 0:
         raise _fail(ffi, "VCPUOP_get_runstate_info", None, "could not read Xen system time")
     return int(entry[0]), int(total[0])
+
+
+# What an older Xen answers to a domctl that it does not know, or that its security policy does not.
+_UNKNOWN_DOMCTL = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES})
+
+
+@dataclass(frozen=True, slots=True)
+class SystemTime:
+    """A domain's clock: Xen's system time plus ``offset_ns``, 0 unless it was set; it reads ``now_ns``."""
+
+    offset_ns: int
+    now_ns: int
+
+
+def system_time(domid: int) -> SystemTime | None:
+    """A domain's clock; None if this host's Xen cannot tell or set it (it lacks the interface of ``patches/``).
+
+    :raise XenError: errno ESRCH if the domain does not exist.
+    """
+    lib, ffi = _native()
+    offset, now = ffi.new("int64_t *"), ffi.new("uint64_t *")
+    if lib.rc_system_time_get(domid, offset, now) < 0:
+        if ffi.errno in _UNKNOWN_DOMCTL:
+            return None
+        raise _fail(ffi, "XEN_DOMCTL_get_system_time_offset", domid, "could not read the system time offset")
+    return SystemTime(int(offset[0]), int(now[0]))
+
+
+def set_system_time_offset(domid: int, offset_ns: int) -> None:
+    """Have Xen add so much to its system time for a domain, which should be paused: its clock steps.
+
+    :raise XenError: errno ERANGE if the domain's time would be negative.
+    """
+    lib, ffi = _native()
+    if lib.rc_system_time_set(domid, offset_ns) < 0:
+        raise _fail(ffi, "XEN_DOMCTL_set_system_time_offset", domid, "could not set the system time offset")
 
 
 class Guest:
@@ -151,9 +188,9 @@ class Guest:
         try:
             return getattr(self._xc, name)(*args, **kwargs)
         except self._xc_error as error:
-            errno = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+            number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
             raise XenError(
-                f"{what} for domain {self.domid}: {name} failed: {error}", operation=name, domid=self.domid, errno=errno
+                f"{what} for domain {self.domid}: {name} failed: {error}", operation=name, domid=self.domid, errno=number
             ) from error
 
     # -- state ---------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@
 A guest's clock is its host's Xen system time.  With D the backup's less the primary's, a transparent
 checkpoint moves the guest's clock by D: forwards if D is positive, and if it is negative the SVM's clock
 stands still until its host has caught up.  A guest that resumes itself starts its clock anew, so that a
-co-operative checkpoint bears any D.
+co-operative checkpoint bears any D.  So does any checkpoint on a backup whose Xen can give a guest another clock
+than its own (``patches/``): the SVM's is then made the PVM's.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ class Choice:
 
 
 def choose(
-    requested: str, *, offset_ns: int, two_level_events: bool, tsc_clock: bool = False
+    requested: str, *, offset_ns: int, two_level_events: bool, tsc_clock: bool = False, settable_clock: bool = False
 ) -> Choice:
     """:param requested: ``auto``, ``transparent`` or ``cooperative``.
-    :param offset_ns: backup's Xen system time less the primary's.
+    :param offset_ns: backup's Xen system time less the guest's clock, which is the primary's unless it came from
+        another host with it.
     :param two_level_events: the guest uses the 2-level event channel ABI.
     :param tsc_clock: the guest's clock source is the TSC, which travels with it, so that only its timers
         live in Xen system time.
+    :param settable_clock: the backup's Xen can add an offset to system time for one domain.
     :raise DomainError: transparent checkpoints were asked for and cannot work.
     """
     if requested == Mode.COOPERATIVE:
@@ -42,14 +45,18 @@ def choose(
     if not two_level_events:
         obstacle = "the guest uses FIFO event channels, whose state cannot be copied"
         remedy = "add xen.fifo_events=0 to its kernel command line"
+    elif settable_clock:
+        return Choice(
+            Mode.TRANSPARENT, f"the backup's Xen, whose clock is {offset} from the guest's, lets a guest keep its own"
+        )
     elif offset_ns < -MAX_BEHIND_NS:
-        obstacle = f"the backup's Xen clock is {offset} from the primary's, and the guest's clock would stand still"
-        remedy = "boot the backup host before the primary, or use a Xen with a system time offset"
+        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would stand still"
+        remedy = "boot the backup host before the primary, or use a Xen with a system time offset (patches/)"
     elif offset_ns > MAX_AHEAD_NS and not tsc_clock:
-        obstacle = f"the backup's Xen clock is {offset} from the primary's, and the guest's clock would jump"
-        remedy = "add clocksource=tsc to its kernel command line, or use a Xen with a system time offset"
+        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would jump"
+        remedy = "add clocksource=tsc to its kernel command line, or use a Xen with a system time offset (patches/)"
     else:
-        return Choice(Mode.TRANSPARENT, f"the hosts' Xen clocks differ by {offset}")
+        return Choice(Mode.TRANSPARENT, f"the backup's Xen clock is {offset} from the guest's")
     if requested == Mode.TRANSPARENT:
         raise DomainError(f"transparent checkpoints cannot work: {obstacle}; {remedy}, or use --checkpoint cooperative")
     return Choice(Mode.COOPERATIVE, obstacle)

@@ -72,7 +72,7 @@ class PvmEngine:
 
     The owner calls, per checkpoint: :meth:`stop`, :meth:`collect`, :meth:`go`.
 
-    :param clock: reads this host's Xen system time in ns.
+    :param clock: reads the guest's clock in ns: this host's Xen system time, unless its Xen adds something for it.
     """
 
     def __init__(self, guest: Guest, store: Store, layout: GuestLayout, clock: xenctrl.Clock) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from remus_colo.adapters import backend
+from remus_colo.adapters import backend, xenctrl
 from remus_colo.adapters.backend import Vif, XenbusState
 from remus_colo.adapters.xenctrl import (
     CALLBACK_TYPE_VECTOR,
@@ -48,7 +48,7 @@ class Received:
     ring_nodes: dict[int, dict[str, str]]
     event_channels: list[EventChannel]
     shared_info_gfn: int
-    xen_time_ns: int  # of the primary's host, when the PVM was stopped
+    xen_time_ns: int  # the guest's clock when the PVM was stopped
 
 
 def port_table(channels: Sequence[EventChannel]) -> list[tuple[int, EvtchnKind, int, int]]:
@@ -241,6 +241,14 @@ class SvmEngine:
         store.write(f"{home}/control/shutdown", "")
         store.introduce_domain(domid, self.layout.store_gfn, store_port)
         store.resumed_domain(domid)
+
+    def set_clock(self, offset_ns: int) -> None:
+        """Have this host's Xen add so much to system time for the SVM, which is stopped.
+
+        After its state was loaded: Xen's part of the shared_info page that came with it says what was right at
+        the primary, and is brought up to date by this.
+        """
+        xenctrl.set_system_time_offset(self.guest.domid, offset_ns)
 
     def resume(self) -> None:
         """Let the SVM run from the state that :meth:`apply` loaded."""

@@ -34,6 +34,7 @@ from remus_colo.failover.backup import BackupMachine, BackupState, UnknownPolicy
 from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.proxy.primary_path import Tunnel
+from remus_colo.relocation.clock import secondary_offset
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.fence import run_hook
@@ -75,6 +76,7 @@ class Creation:
     tunnels: dict[int, Tunnel]
     mtus: dict[int, int]
     heartbeat: HeartbeatConfig
+    clock_offset_ns: int | None = None  # the SVM gets the PVM's clock, by this at first
 
     @classmethod
     def parse(cls, message: Message) -> Creation:
@@ -97,6 +99,7 @@ class Creation:
                 heartbeat=HeartbeatConfig(
                     float(fields["heartbeat"]["interval_s"]), float(fields["heartbeat"]["timeout_s"])
                 ),
+                clock_offset_ns=None if fields.get("clock_offset_ns") is None else int(fields["clock_offset_ns"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
@@ -140,6 +143,8 @@ class BackupSession:
             on_lost=self._on_lost,
             state=lambda: self.machine.state.value,
             on_stream=self._on_stream,
+            clock=clock,
+            ask_clock=creation.clock_offset_ns is not None,
         )
         self.clock = clock
         self.path: BackupPath | None = None
@@ -318,6 +323,8 @@ class BackupSession:
         assert self.path is not None
         engine = SvmEngine(guest, self.store, layout, self.path.attach)
         engine.mode = self.creation.mode
+        if self.creation.clock_offset_ns is not None:
+            engine.set_clock(self.creation.clock_offset_ns)
         engine.start()
         return engine
 
@@ -383,19 +390,41 @@ class BackupSession:
                 self.loop.call(self._reset_rewriters)
                 engine.resume()
                 engine.await_devices()
-            else:
-                behind_ns = received.xen_time_ns - self.clock.now_ns()
-                if behind_ns > MAX_BEHIND_NS:
-                    raise DomainError(
-                        f"this host's Xen clock is {behind_ns / 1e9:.3f} s behind the primary's: "
-                        "protect the guest anew, with --checkpoint auto or cooperative"
-                    )
-                if behind_ns > 0:
-                    time.sleep(behind_ns / 1e9)  # until the guest's clock does not go back
             path.each(lambda vif: vif.await_forwarding())
+            if engine.mode is Mode.TRANSPARENT:
+                self._align_clock(engine, received.xen_time_ns)
             return time.monotonic() - started_s
 
         self.loop.thread("apply", apply, self._on_applied)
+
+    def _align_clock(self, engine: SvmEngine, stopped_ns: int) -> None:
+        """In a thread, the SVM stopped: have its clock go on from the PVM's.
+
+        :param stopped_ns: the guest's clock when the PVM was stopped.
+        :raise DomainError: the SVM's clock would go back, and nothing can be done about it.
+        """
+        if self.creation.clock_offset_ns is not None:
+            estimate = self.peer.clocks and self.peer.clocks.estimate()
+            measured_ns = self.creation.clock_offset_ns if estimate is None else estimate.offset_ns
+            now_ns = self.clock.now_ns()
+            offset_ns = secondary_offset(measured_ns, stopped_ns, now_ns)
+            engine.set_clock(offset_ns)
+            self._event(
+                "clock",
+                epoch=self._epoch,
+                offset_ms=round(offset_ns / 1e6, 3),
+                error_ms=None if estimate is None else round(estimate.error_ns / 1e6, 3),
+                stopped_ms=round((now_ns + offset_ns - stopped_ns) / 1e6, 3),
+            )
+            return
+        behind_ns = stopped_ns - self.clock.now_ns()
+        if behind_ns > MAX_BEHIND_NS:
+            raise DomainError(
+                f"this host's Xen clock is {behind_ns / 1e9:.3f} s behind the guest's: "
+                "protect the guest anew, with --checkpoint auto or cooperative"
+            )
+        if behind_ns > 0:
+            time.sleep(behind_ns / 1e9)  # until the guest's clock does not go back
 
     def _on_applied(self, apply_s: float | None, error: BaseException | None) -> None:
         self._busy = False

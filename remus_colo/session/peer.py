@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from remus_colo.adapters.xenctrl import Clock
 from remus_colo.errors import PeerLost, RemusError
 from remus_colo.failover.heartbeat import PeerMonitor, SelfMonitor
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session.clocks import ClockWatch
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ class Peer:
     :param beats: whether heartbeats are to be sent: a host that protects no more must not keep the other waiting.
     :param on_stream: takes a save stream's chunks, in the reader's own thread: it may block, and so slow
         the sender down.
+    :param clock: what this side says and measures clocks by: the primary's is the guest's, the backup's its host's;
+        None where clocks are no concern.
+    :param ask_clock: send a probe with each heartbeat; see :attr:`clocks` for what they tell.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class Peer:
         state: Callable[[], str],
         beats: Callable[[], bool] = lambda: True,
         on_stream: Callable[[bytes], None] | None = None,
+        clock: Clock | None = None,
+        ask_clock: bool = False,
     ) -> None:
         self.loop = loop
         self.control = control
@@ -73,6 +80,8 @@ class Peer:
         self._closing = threading.Event()
         self._lost = False
         self._lock = threading.Lock()
+        self._ask_clock = ask_clock
+        self.clocks = clock and ClockWatch(clock, lambda kind, fields: control.send_control(kind, 0, fields))
         self._seen = 0  # the last sequence number of the peer's heartbeats
         self.quiet_state: Callable[[str], bool] = lambda state: False
 
@@ -109,6 +118,13 @@ class Peer:
                 continue
             with self._lock:
                 self.monitor.beat(time.monotonic())
+            try:
+                if self.clocks is not None and self.clocks.take(message):
+                    continue
+            except RemusError as error:
+                if not self._closing.is_set():
+                    self._report_lost(error)
+                return
             if message.type is MessageType.HEARTBEAT:
                 self._heard(message)
             elif message.type is MessageType.CREATE_STREAM and self._on_stream is not None:
@@ -146,6 +162,8 @@ class Peer:
                     0,
                     {"sequence": sequence, "sent_ns": time.monotonic_ns(), "state": self._state(), "seen": self._seen},
                 )
+                if self._ask_clock and self.clocks is not None:
+                    self.clocks.ask()
             except RemusError as error:
                 if not self._closing.is_set():
                     self._report_lost(error)

@@ -57,6 +57,8 @@ class SessionConfig:
     """What a protection runs with.
 
     :param period_s: a checkpoint at least that often, 0 for never.
+    :param clock_offset_ns: what the backup's Xen shall add to its system time for the SVM, and keep right as
+        clocks drift; None to leave the SVM its host's clock.
     :param verify_every: after each so many checkpoints both VMs' memory is compared, 0 for never.
     """
 
@@ -72,6 +74,7 @@ class SessionConfig:
     same_host: bool
     destination: str
     fence: tuple[str, ...] = ()
+    clock_offset_ns: int | None = None
 
 
 @dataclass(slots=True)
@@ -129,7 +132,7 @@ class PrimarySession:
         self._event = event
         self.peer = make_peer(
             loop, config.heartbeat, on_message=self._on_message, on_lost=self._on_lost, state=lambda: self.machine.state.value,
-            beats=lambda: self.machine.beats,
+            beats=lambda: self.machine.beats, clock=engine.clock,
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path = self._make_path()
@@ -318,6 +321,8 @@ class PrimarySession:
             },
             "heartbeat": {"interval_s": self.config.heartbeat.interval_s, "timeout_s": self.config.heartbeat.timeout_s},
         }
+        if self.config.clock_offset_ns is not None:
+            fields["clock_offset_ns"] = self.config.clock_offset_ns
         self.peer.send(MessageType.CREATE, 0, **fields)
         self._event("creating", mode=self.config.mode.value)
         secondary = birth.secondary_config(
