@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     add("python", "print the path of the Python that has what the tests need")
     up = add("up", "build what is missing and boot both hosts")
     up.add_argument("--skew", type=float, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's")
-    up.add_argument("--xen", default="debian", metavar="XEN", help="'debian', or the path of a hypervisor")
+    up.add_argument("--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor")
     up.add_argument("--memory", type=int, default=DEFAULT_MEMORY_MB, metavar="MB", help="memory of each host")
     up.add_argument("--dom0-memory", type=int, default=DEFAULT_DOM0_MB, metavar="MB", help="dom0's share of it")
     up.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto probes whether KVM can run Xen")

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from remus_colo.testbed import cache, guest_cpio
+from remus_colo.testbed import cache, guest_cpio, xen_build
 from remus_colo.testbed.commands import need, run
 from remus_colo.testbed.errors import BedError
 
@@ -119,12 +119,14 @@ def image() -> Dom0Image:
 
 
 def xen_binary(xen: str) -> Path:
-    """The hypervisor to boot: ``debian``, or the path of another one (gzipped or not)."""
+    """The hypervisor to boot: ``debian``, ``patched`` (built here), or the path of another one (gzipped or not)."""
     if xen == "debian":
         return image().xen
+    if xen == "patched":
+        return xen_build.patched()
     source = Path(xen)
     if not source.is_file():
-        raise BedError(f"--xen {xen}: neither 'debian' nor a hypervisor file")
+        raise BedError(f"--xen {xen}: neither 'debian' nor 'patched' nor a hypervisor file")
 
     def build(path: Path) -> None:
         _copy_gunzipped(source, path)

@@ -27,33 +27,46 @@ def mirror() -> str:
 
     :raise HostError: neither names one.
     """
-    chosen = os.environ.get("REMUS_COLO_MIRROR")
+    chosen = os.environ.get("REMUS_COLO_MIRROR") or _repository("Debian")
     if chosen:
         return chosen
+    raise HostError("apt has no Debian mirror on this machine: add one to its sources, or set REMUS_COLO_MIRROR")
+
+
+def _repository(label: str) -> str | None:
+    """Where this machine's apt finds the archive whose Release file has this label."""
     answer = subprocess.run(
         ["apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)", "Identifier: Packages"],
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     for line in answer.stdout.splitlines():
-        label, _, uri = line.partition("|")
-        if label == "Debian" and uri:
+        found, _, uri = line.partition("|")
+        if found == label and uri:
             return uri
-    raise HostError("apt has no Debian mirror on this machine: add one to its sources, or set REMUS_COLO_MIRROR")
+    return None
 
 
 class Release:
     """One Debian release's packages for amd64, fetched into ``state_dir``, which stays for the next time.
 
     :param state_dir: apt's lists and downloaded packages; one process at a time.
+    :param sources: source packages, with security updates if this machine's apt has them, in place of binary ones.
     :raises HostError: apt is missing, the archive's keys are, or fetching fails.
     """
 
-    def __init__(self, suite: str, state_dir: Path, log: Callable[[str], object]) -> None:
+    def __init__(
+        self, suite: str, state_dir: Path, log: Callable[[str], object], *, sources: bool = False
+    ) -> None:
         if not _KEYRING.exists():
             raise HostError(f"{_KEYRING} is missing: install the package debian-archive-keyring")
         self._dir = state_dir
         self._log = log
-        self._source = f"deb [arch=amd64 signed-by={_KEYRING}] {mirror()} {suite} main\n"
+        if sources:
+            self._source = f"deb-src [signed-by={_KEYRING}] {mirror()} {suite} main\n"
+            if security := _repository("Debian-Security"):
+                self._source += f"deb-src [signed-by={_KEYRING}] {security} {suite}-security main\n"
+        else:
+            self._source = f"deb [arch=amd64 signed-by={_KEYRING}] {mirror()} {suite} main\n"
 
     def update(self) -> None:
         """Fetches the release's index."""
@@ -85,6 +98,21 @@ class Release:
             for file in Path(partial).glob("*.deb"):
                 file.rename(self._dir / "archives" / file.name)
         return self._archived(package, version)
+
+    def show_source(self, package: str) -> str:
+        """apt's records of a source package, as apt-cache(8) showsrc prints them."""
+        return self._apt("apt-cache", "showsrc", package)
+
+    def fetch_source(self, package: str, version: str, target: Path) -> str | None:
+        """Fetches a source package's files into ``target``.  Returns why some are missing, None if all are there.
+
+        It is not for this to judge which are needed: of what was unpacked by other means a mirror may lack parts.
+        """
+        try:
+            self._apt("apt-get", "source", "--download-only", "--only-source", f"{package}={version}", cwd=target)
+        except HostError as error:
+            return str(error)
+        return None
 
     def dependency(self, package: str, pattern: str) -> str:
         """The one package that ``package`` depends on and whose name matches ``pattern``."""

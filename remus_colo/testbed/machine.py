@@ -45,6 +45,29 @@ PACKAGES = {
     "libnetfilter-queue-dev": "/usr/include/libnetfilter_queue/libnetfilter_queue.h",
     "libnfnetlink-dev": "/usr/include/libnfnetlink/libnfnetlink.h",
 }
+# Only when the hypervisor is built (xen_build.py).
+BUILD_PACKAGES = {
+    "make": "/usr/bin/make",
+    "gcc": "/usr/bin/gcc",
+    "binutils": "/usr/bin/ld",
+    "bison": "/usr/bin/bison",
+    "flex": "/usr/bin/flex",
+    "patch": "/usr/bin/patch",
+    "xz-utils": "/usr/bin/xz",
+    "python3": "/usr/bin/python3",
+    "debian-archive-keyring": "/usr/share/keyrings/debian-archive-keyring.gpg",
+}
+# Only when the packaging series is tried (xen_packaging.py), with the distribution's own Python.
+PACKAGING_PACKAGES = {
+    "debhelper": "/usr/bin/dh_listpackages",
+    "dpkg-dev": "/usr/share/dpkg/pkg-info.mk",
+    "git": "/usr/bin/git",
+    "libxen-dev": "/usr/include/xenctrl.h",
+    "libnetfilter-queue-dev": "/usr/include/libnetfilter_queue/libnetfilter_queue.h",
+    "python3-cffi": "/usr/lib/python3/dist-packages/cffi/__init__.py",
+    "python3-dev": "/usr/bin/python3-config",
+    "python3-setuptools": "/usr/lib/python3/dist-packages/setuptools/__init__.py",
+}
 # Only when a virtual environment must be made: for the distribution's own Python.
 VENV_PACKAGES = ("python3-venv", "python3-dev")
 
@@ -70,12 +93,20 @@ def setup() -> None:
     """
     began_s = time.monotonic()
     release = os_release(Path("/etc/os-release").read_text())
-    _install_packages(release)
+    _install_packages(release, PACKAGES)
     _install_qemu(release)
     log.info("this machine has all programs that the test bed needs")
     python = python_for_tests(install=True)
     log.info("Python for the tests: %s", python)
     log.info("set-up is complete (%.0f s)", time.monotonic() - began_s)
+
+
+def install_for_builds(packages: Mapping[str, str] = BUILD_PACKAGES) -> None:
+    """Install what building the hypervisor, or trying its packaging, needs and this machine lacks.
+
+    :raise BedError: not root, not Debian, or an installation failed.
+    """
+    _install_packages(os_release(Path("/etc/os-release").read_text()), packages)
 
 
 def os_release(text: str) -> Mapping[str, str]:
@@ -123,8 +154,8 @@ def _make_venv(path: Path, python: Path) -> None:
     (path / "complete").touch()
 
 
-def _install_packages(release: Mapping[str, str]) -> None:
-    missing = [name for name, file in PACKAGES.items() if not Path(file).exists()]
+def _install_packages(release: Mapping[str, str], packages: Mapping[str, str]) -> None:
+    missing = [name for name, file in packages.items() if not Path(file).exists()]
     if missing and release.get("ID") != "debian":
         raise BedError(f"this is not Debian: install what these Debian packages have: {', '.join(missing)}")
     _apt_install(missing)

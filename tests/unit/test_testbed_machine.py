@@ -26,10 +26,9 @@ def test_the_version_of_qemu(shown, major):
     assert machine.qemu_major(shown) == major
 
 
-def test_other_distributions_are_told_what_to_install(monkeypatch):
-    monkeypatch.setattr(machine, "PACKAGES", {"mmdebstrap": "/nonexistent"})
+def test_other_distributions_are_told_what_to_install():
     with pytest.raises(BedError, match="not Debian: install what these Debian packages have: mmdebstrap"):
-        machine._install_packages({"ID": "fedora"})
+        machine._install_packages({"ID": "fedora"}, {"mmdebstrap": "/nonexistent"})
 
 
 def test_a_python_without_the_modules_is_not_taken_for_one(monkeypatch, tmp_path):
