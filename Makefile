@@ -6,16 +6,20 @@ TESTBED = $(PYTHON) -m remus_colo.testbed
 # The interpreter that has what the tests need; set-up makes one where the machine's has not.
 TEST_PYTHON = "$$($(TESTBED) python)"
 
-# of soak: failovers (or checkpoints), and what dies: primary, backup, mixed, or memory for none
+# of soak: failovers (or checkpoints), and what dies: primary, backup, mixed, memory for none, or clock for a guest that goes
+# from host to host and back; the hypervisor, and the distance of the hosts' Xen clocks
 N ?=
 KIND ?= primary
+XEN ?= $(if $(filter clock,$(KIND)),patched,debian)
+SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
-.PHONY: help setup demo test test-here test-e2e soak bench lint clean
+.PHONY: help setup demo test test-here test-e2e check-patches soak bench lint clean
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
 	@echo 'make test     all tests (about 20 minutes)'
-	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory'
+	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock'
+	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
 	@echo 'make lint     ruff'
 	@echo 'make clean    remove what was built in this tree'
@@ -37,8 +41,12 @@ test-here: setup
 test-e2e: setup
 	$(TEST_PYTHON) -m pytest -v -ra tests/e2e
 
+check-patches:
+	@command -v $(PYTHON) > /dev/null || apt-get install -q -y --no-install-recommends python3
+	@$(PYTHON) -m remus_colo.testbed.xen_build
+
 soak: setup
-	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) $(if $(N),-n $(N))
+	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) $(if $(N),-n $(N)) --xen $(XEN) --skew $(SKEW)
 
 bench: setup
 	@$(TEST_PYTHON) -m remus_colo.testbed.bench

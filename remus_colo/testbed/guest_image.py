@@ -35,6 +35,7 @@ MAC = "00:16:3e:77:00:10"
 MEMORY_MB = 256
 SUITE = "trixie"
 KERNEL_PACKAGE = "linux-image-amd64"
+PROGRAMS = ("guest_services", "guest_clock")  # of services/, in C
 
 _CMDLINE = (
     "console=hvc0",
@@ -118,21 +119,21 @@ def domain_config(*, fifo_events: bool = False) -> str:
     )
 
 
-def compile_services(target: Path) -> None:
-    """Compiles ``services/guest_services.c`` into the static program ``target``.
+def compile_program(name: str, target: Path) -> None:
+    """Compiles ``services/NAME.c`` into the static program ``target``.
 
     :raises HostError: there is no C compiler, or it fails.
     """
     words = ["cc", "-O2", "-static", "-Wall", "-Wextra", "-s", "-x", "c", "-o", str(target), "-"]
     try:
         subprocess.run(
-            words, input=guest_root.source("guest_services.c"), capture_output=True, timeout=300, check=True
+            words, input=guest_root.source(f"{name}.c"), capture_output=True, timeout=300, check=True
         )
     except FileNotFoundError as missing:
         raise HostError("no C compiler: install the packages gcc and libc6-dev") from missing
     except subprocess.CalledProcessError as failed:
         reason = failed.stderr.decode(errors="replace").strip()
-        raise HostError(f"guest_services.c does not compile: {reason}") from failed
+        raise HostError(f"{name}.c does not compile: {reason}") from failed
 
 
 def _build_into(building: Path, cache_dir: Path, log: Callable[[str], object]) -> None:
@@ -144,9 +145,10 @@ def _build_into(building: Path, cache_dir: Path, log: Callable[[str], object]) -
     log("Putting the root together")
     kernel = guest_root.kernel(kernel_package)
     with tempfile.TemporaryDirectory() as scratch:
-        program = Path(scratch) / "guest_services"
-        compile_services(program)
-        nodes = guest_root.own_files(program.read_bytes(), kernel.modules)
+        for name in PROGRAMS:
+            compile_program(name, Path(scratch) / name)
+        programs = {name: (Path(scratch) / name).read_bytes() for name in PROGRAMS}
+        nodes = guest_root.own_files(programs, kernel.modules)
     nodes += guest_root.userland(packages)
     # Not compressed: unpacking costs an emulated processor more than reading.
     (building / "initrd").write_bytes(guest_cpio.archive(nodes, load_content.MTIME_S))

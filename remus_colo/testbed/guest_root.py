@@ -124,10 +124,10 @@ def userland(packages: Iterable[Path]) -> list[Node]:
     return nodes
 
 
-def own_files(services_program: bytes, modules: dict[str, bytes]) -> list[Node]:
+def own_files(programs: dict[str, bytes], modules: dict[str, bytes]) -> list[Node]:
     """All nodes of the root that are ours: skeleton, configuration, content, small services, modules.
 
-    :param services_program: the compiled ``services/guest_services.c``.
+    :param programs: the compiled C programs of ``services/``, by name.
     """
     nodes = [
         *(
@@ -143,7 +143,7 @@ def own_files(services_program: bytes, modules: dict[str, bytes]) -> list[Node]:
         regular("etc/hosts", b"127.0.0.1 localhost\n10.77.0.10 web\n"),
         *(regular(f"etc/{name}", source(name)) for name in ("nginx.conf", "redis.conf", "sysctl.conf")),
         regular("init", source("init"), 0o755),
-        regular("usr/bin/guest_services", services_program, 0o755),
+        *(regular(f"usr/bin/{name}", program, 0o755) for name, program in programs.items()),
         *(regular(f"usr/lib/modules/{name}.ko", data) for name, data in modules.items()),
         *(
             regular(f"srv/www/{name}", load_content.content(name, size))

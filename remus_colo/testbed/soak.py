@@ -3,7 +3,7 @@
 
 ``primary`` and ``backup`` kill that host at a random moment under load, ``mixed`` the two in turn, each time with
 both hosts booted anew; ``memory`` kills nobody, but goes on until so many checkpoints are made, and looks for what
-grows.  Prints a table, and as the last line one JSON object.  Exit status 0 only if nothing went wrong; the logs of
+grows; ``clock`` lets a guest fail over from host to host and back, and looks at its clocks.  Prints a table, and as the last line one JSON object.  Exit status 0 only if nothing went wrong; the logs of
 what did are kept.
 """
 
@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from remus_colo.errors import RemusError
-from remus_colo.testbed import machine, scenario_endurance, scenario_trial
+from remus_colo.testbed import machine, scenario_clock, scenario_endurance, scenario_trial
 from remus_colo.testbed.bed import Bed, Options
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection, fresh
 from remus_colo.testbed.scenario_figures import table
 from remus_colo.testbed.scenario_trial import Outcome, Plan
 
-KINDS = ("primary", "backup", "mixed", "memory")
-DEFAULT_COUNT = {"memory": 300}
+KINDS = ("primary", "backup", "mixed", "memory", "clock")
+DEFAULT_COUNT = {"memory": 300, "clock": 5}
 KILL_EARLIEST_S, KILL_LATEST_S = 2.0, 25.0
 AFTERWARDS_S = 20.0
 _HEADING = ("", "killed", "at s", "mode", "requests", "errors", "resets", "wrong", "lost", "repeated", "gap ms",
@@ -84,7 +84,7 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
 
 def _try(bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path) -> tuple[Outcome | None, list[str]]:
     """One failover with both hosts booted anew."""
-    fresh(bed, Options(skew_s=options.skew))
+    fresh(bed, Options(xen=options.xen, skew_s=options.skew))
     with Protection(bed) as protection:
         outcome = None
         try:
@@ -105,11 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.soak", description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("-n", type=int, metavar="N", help="failovers (10), or checkpoints (300) for memory")
+    add("-n", type=int, metavar="N", help="failovers (10, clock: 5), or checkpoints (300) for memory")
     add("--kind", choices=KINDS, default="primary", help="what happens (default: %(default)s)")
     add("--bed", default="soak", metavar="NAME", help="bed to use; made anew each time (default: %(default)s)")
     add("--seed", type=int, default=None, help="of the random moments; printed, to repeat a run")
     add("--skew", type=float, default=0.0, metavar="S", help="backup's Xen time minus primary's")
+    add("--checkpoints", type=int, default=100, metavar="N", help="all in all, for clock (default: %(default)s)")
+    add("--xen", default="debian", metavar="XEN", help="as for the bed's up: 'debian', 'patched' or a file")
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), help="as for remus")
     add("--logs", type=Path, metavar="DIR", help="where to keep the logs of what went wrong (a new directory in /tmp)")
     options = parser.parse_args(arguments)
@@ -125,8 +127,11 @@ def main(arguments: list[str] | None = None) -> int:
         bed = Bed(options.bed)
         try:
             if options.kind == "memory":
-                fresh(bed, Options(skew_s=options.skew))
+                fresh(bed, Options(xen=options.xen, skew_s=options.skew))
                 found, well = scenario_endurance.run(bed, options.n, _remus_options(options), directory)
+            elif options.kind == "clock":
+                fresh(bed, Options(xen=options.xen, skew_s=options.skew))
+                found, well = scenario_clock.run(bed, options.n, options.checkpoints, _remus_options(options), directory)
             else:
                 found, well = failovers(bed, options, directory)
         finally:

@@ -149,7 +149,7 @@ def test_the_mirror_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_root_serves_what_the_load_asks_for() -> None:
-    nodes = {node.path: node for node in guest_root.own_files(b"program", {"xen-netfront": b"module"})}
+    nodes = {node.path: node for node in guest_root.own_files({"guest_services": b"program"}, {"xen-netfront": b"module"})}
     for name, size in load_content.SIZES.items():
         assert nodes[f"srv/www/{name}"].data == load_content.content(name, size)
         assert len(nodes[f"srv/www/{name}"].data) == size
@@ -161,7 +161,7 @@ def test_the_root_serves_what_the_load_asks_for() -> None:
 
 
 def test_every_command_of_init_is_in_the_root() -> None:
-    nodes = {node.path for node in guest_root.own_files(b"", {})} | set(guest_root._PROGRAMS.values())
+    nodes = {node.path for node in guest_root.own_files({"guest_services": b"", "guest_clock": b""}, {})} | set(guest_root._PROGRAMS.values())
     script = guest_root.source("init").decode()
     used = re.findall(
         r"^\s*(?:until |if |while |\( ?)*(mount|mkdir|hostname|sysctl|insmod|sleep|ip|grep|setsid|sh|touch|chown)\b",
@@ -232,7 +232,7 @@ def test_a_damaged_package_is_named(tmp_path: Path) -> None:
 def test_a_source_that_does_not_compile_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guest_root, "source", lambda name: b"int main(void) { return nonsense; }")
     with pytest.raises(HostError, match="nonsense"):
-        guest_image.compile_services(tmp_path / "program")
+        guest_image.compile_program("guest_services", tmp_path / "program")
 
 
 def test_a_machine_without_a_compiler_is_told_what_to_install(
@@ -240,4 +240,4 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="install the packages gcc and libc6-dev"):
-        guest_image.compile_services(tmp_path / "program")
+        guest_image.compile_program("guest_services", tmp_path / "program")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from remus_colo.testbed.guest_image import compile_services
+from remus_colo.testbed.guest_image import compile_program
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 
@@ -48,7 +48,7 @@ def receive_all(client: socket.socket) -> bytes:
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     folder = tmp_path_factory.mktemp("services")
-    compile_services(folder / "guest_services")
+    compile_program("guest_services", folder / "guest_services")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
