@@ -7,6 +7,7 @@ import argparse
 import importlib
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,8 +17,18 @@ from typing import Any
 from remus_colo import options as defaults
 from remus_colo import remus_options
 from remus_colo._version import __version__
+from remus_colo.config import Configuration
+from remus_colo.config import load as load_config
 from remus_colo.errors import ConfigError, ExitStatus, HostError, RemusError
-from remus_colo.options import CheckpointChoice, ColoOptions, Parser, count, milliseconds, split_command
+from remus_colo.options import (
+    CheckpointChoice,
+    ColoOptions,
+    Parser,
+    count,
+    milliseconds,
+    split_command,
+    tls_files,
+)
 from remus_colo.remus_options import RemusOptions
 
 log = logging.getLogger(__name__)
@@ -61,12 +72,13 @@ def build_parser() -> Parser:
         "--port",
         metavar="PORT",
         type=int,
-        default=defaults.DEFAULT_PORT,
-        help="relocation port of the destination (default %(default)s)",
+        help=f"relocation port of the destination (default {defaults.DEFAULT_PORT}, with --ssl {defaults.DEFAULT_SSL_PORT})",
     )
     classic.add_argument("--blackhole", action="store_true", help="replicate to nowhere (not with --colo)")
     classic.add_argument("--no-net", action="store_true", help="do not hold network output (not with --colo)")
-    classic.add_argument("--no-compression", action="store_true", help="do not compress checkpoints")
+    classic.add_argument(
+        "--compression", action=argparse.BooleanOptionalAction, help="compress checkpoints, or do not"
+    )
     classic.add_argument(
         "--timer",
         action="store_true",
@@ -125,6 +137,15 @@ def build_parser() -> Parser:
     )
     colo.add_argument("--fence", metavar="CMD", help="ask CMD before the guest goes on alone; see below")
 
+    link = parser.add_argument_group("configuration and connection")
+    link.add_argument(
+        "--ssl",
+        action=argparse.BooleanOptionalAction,
+        help="speak TLS with the destination, or do not; heartbeats and checkpoints are covered, the guest's "
+        "mirrored packets are not",
+    )
+    defaults.add_config_options(link)
+
     output = parser.add_argument_group("output")
     output.add_argument("--log", metavar="FILE", type=Path, help="append every event to FILE, as JSON lines")
     output.add_argument("--status-json", action="store_true", help="show the status as JSON lines")
@@ -135,15 +156,44 @@ def build_parser() -> Parser:
     return parser
 
 
+def from_file(config: Configuration) -> dict[str, Any]:
+    """What a configuration says, as defaults of the command line."""
+    return {
+        "interval": config.ours("interval") if "interval" in config.colo else None,
+        "compression": config.ours("compression"),
+        "checkpoint": config.ours("checkpoint"),
+        "compare_timeout": config.ours("compare-timeout"),
+        "period": config.ours("period"),
+        "heartbeat_interval": config.ours("heartbeat-interval"),
+        "heartbeat_timeout": config.ours("heartbeat-timeout"),
+        "verify": config.ours("verify"),
+        "fence": shlex.join(config.ours("fence")) or None,
+        "ssl": config["xend-relocation-ssl"],
+        "ssl_key_file": config["xend-relocation-server-ssl-key-file"],
+        "ssl_cert_file": config["xend-relocation-server-ssl-cert-file"],
+        "ssl_ca_file": config.ours("ssl-ca-file"),
+    }
+
+
 def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
-    """The options of a command line.
+    """The options of a command line, and of the configuration file.
 
     :raise ConfigError: they are wrong.
     :raise SystemExit: --help or --version, which have been printed.
     """
-    given = build_parser().parse_intermixed_args(argv)
+    parser = build_parser()
+    # first for --config, and so that nothing is read for a command line that is wrong, or wants --help
+    typed = parser.parse_intermixed_args(argv)
+    config = load_config(typed.config)
+    parser.set_defaults(**from_file(config))
+    given = parser.parse_intermixed_args(argv)
+    notes = list(config.notes)
+    if given.port is None:
+        given.port = config["xend-relocation-ssl-port" if given.ssl else "xend-relocation-port"]
+    if given.ssl and given.ssl_ca_file is None:
+        notes.append("--ssl without --ssl-ca-file: the connection is encrypted, but whoever answers as the destination is believed")
     if not given.colo:
-        return remus_options.from_arguments(given, [])
+        return remus_options.from_arguments(given, notes)
     for option, because in (
         ("blackhole", "COLO compares with a copy that runs on the destination"),
         ("no_net", "COLO is about the network output"),
@@ -151,8 +201,7 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
     ):
         if getattr(given, option):
             raise ConfigError(f"--{option.replace('_', '-')} cannot be used with --colo: {because}")
-    notes = []
-    if given.interval is not None:
+    if typed.interval is not None:
         notes.append("--interval is not used with --colo: see --period")
     if given.timer:
         notes.append("--timer is not used with --colo")
@@ -165,9 +214,10 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
         period_s=given.period / 1000 or None,
         heartbeat_interval_s=given.heartbeat_interval / 1000,
         heartbeat_timeout_s=given.heartbeat_timeout / 1000,
-        compression=not given.no_compression,
+        compression=given.compression,
         verify_every=given.verify,
         fence=split_command("--fence", given.fence),
+        tls=tls_files(given),
         log=given.log,
         status_json=given.status_json,
         verbose=given.verbose,

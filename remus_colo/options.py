@@ -17,6 +17,7 @@ from typing import NoReturn
 from remus_colo.errors import ConfigError, ExitStatus
 
 DEFAULT_PORT = 8002  # xend-relocation-port's default
+DEFAULT_SSL_PORT = 8003  # xend-relocation-ssl-port's
 DEFAULT_INTERVAL_MS = 200
 DEFAULT_PERIOD_MS = 10_000
 DEFAULT_COMPARE_TIMEOUT_MS = 1_000
@@ -24,6 +25,8 @@ DEFAULT_HEARTBEAT_INTERVAL_MS = 250
 DEFAULT_HEARTBEAT_TIMEOUT_MS = 2_000
 # Fewer, and one heartbeat that is late is taken for a dead host.
 HEARTBEATS_PER_TIMEOUT = 3
+# Connections to remusd that are no session yet.
+DEFAULT_HALF_OPEN_LIMIT = 32
 
 EXIT_STATUS_HELP = {
     ExitStatus.OK: "done: protection was ended as asked",
@@ -47,6 +50,20 @@ class CheckpointChoice(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for TLS on the relocation connections.
+
+    :param certificate: this host's, with those that lead to its authority, if any.
+    :param authority: certificates that the other host's must be signed by; None: it is not asked who it is, as
+        with xend.
+    """
+
+    certificate: Path | None = None
+    key: Path | None = None
+    authority: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ColoOptions:
     """What ``remus --colo`` is to do. Times are in seconds.
 
@@ -54,6 +71,7 @@ class ColoOptions:
     :param period_s: a checkpoint at least so often; None: only when outputs differ.
     :param verify_every: compare both VMs' memory after each so many checkpoints, 0 for never.
     :param fence: the hook's command line, empty for none.
+    :param tls: None: the connections are plain.
     :param notes: what the user should be told about the options given.
     """
 
@@ -68,6 +86,7 @@ class ColoOptions:
     compression: bool = True
     verify_every: int = 0
     fence: tuple[str, ...] = ()
+    tls: TlsFiles | None = None
     log: Path | None = None
     status_json: bool = False
     verbose: bool = False
@@ -149,12 +168,35 @@ fencing hook:
   both hosts one."""
 
 
+def add_config_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """What both commands take to find their configuration and TLS files."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="read FILE (default: /etc/xen/xend-config.sxp, if there is one); options win over what it says",
+    )
+    parser.add_argument("--ssl-key-file", metavar="FILE", type=Path, help="this host's private key, PEM")
+    parser.add_argument("--ssl-cert-file", metavar="FILE", type=Path, help="this host's certificate, PEM")
+    parser.add_argument(
+        "--ssl-ca-file",
+        metavar="FILE",
+        type=Path,
+        help="the other host's certificate must be signed by one in FILE (default: any will do)",
+    )
+
+
 def count(text: str) -> int:
     """An argparse type: a whole number, 0 or more."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+def tls_files(given: argparse.Namespace) -> TlsFiles | None:
+    """What a command line, with ``--ssl`` or not, says of TLS."""
+    return TlsFiles(given.ssl_cert_file, given.ssl_key_file, given.ssl_ca_file) if given.ssl else None
 
 
 def milliseconds(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from remus_colo import options as defaults
 from remus_colo.errors import ConfigError
-from remus_colo.options import check_heartbeat, check_port, check_word, split_command
+from remus_colo.options import TlsFiles, check_heartbeat, check_port, check_word, split_command, tls_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class RemusOptions:
     :param timer: suspend the guest at each interval by a clock, whatever the checkpoint before has come to.
     :param no_disk: leave out disks that are not replicated.
     :param fence: the hook's command line, empty for none.
+    :param tls: None: the connections are plain.
     """
 
     domain: str
@@ -37,6 +38,7 @@ class RemusOptions:
     heartbeat_interval_s: float = defaults.DEFAULT_HEARTBEAT_INTERVAL_MS / 1000
     heartbeat_timeout_s: float = defaults.DEFAULT_HEARTBEAT_TIMEOUT_MS / 1000
     fence: tuple[str, ...] = ()
+    tls: TlsFiles | None = None
     log: Path | None = None
     status_json: bool = False
     verbose: bool = False
@@ -61,12 +63,13 @@ def from_arguments(given: argparse.Namespace, notes: list[str]) -> RemusOptions:
         interval_s=interval_ms / 1000,
         blackhole=given.blackhole,
         buffer_network=not given.no_net,
-        compression=not given.no_compression,
+        compression=given.compression,
         timer=given.timer,
         no_disk=given.no_disk,
         heartbeat_interval_s=given.heartbeat_interval / 1000,
         heartbeat_timeout_s=given.heartbeat_timeout / 1000,
         fence=split_command("--fence", given.fence),
+        tls=tls_files(given),
         log=given.log,
         status_json=given.status_json,
         verbose=given.verbose,

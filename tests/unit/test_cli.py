@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -276,6 +277,7 @@ def test_daemon_everything_given() -> None:
         foreground=True,
         log=Path("/l"),
         pid_file=Path("/p"),
+        log_level=logging.DEBUG,
         verbose=True,
     )
 

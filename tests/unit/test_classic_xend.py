@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""xen.xend.XendOptions, .sxp and .XendError, as scripts of Xen 4.4's time use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import remus_colo.classic.finder  # noqa: F401
+from remus_colo import config, config_keys
+from remus_colo import sxp as ours
+from remus_colo.errors import ConfigError, RemusError
+
+from xen.xend import XendOptions, sxp  # isort: skip
+from xen.xend.XendError import XendError  # isort: skip
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "xend-config.sxp"
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[[str], XendOptions.XendOptions]:
+    def make(text: str) -> XendOptions.XendOptions:
+        path = tmp_path / "xend-config.sxp"
+        path.write_text(text)
+        return XendOptions.XendOptions(str(path))
+
+    return make
+
+
+def test_the_instance_is_one_and_reads_where_xend_did(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "other.sxp"
+    path.write_text("(xend-relocation-port 9000)")
+    monkeypatch.setenv(config.ENVIRONMENT, str(path))
+    XendOptions.instance.cache_clear()
+    try:
+        assert XendOptions.instance().get_xend_relocation_port() == 9000
+        assert XendOptions.instance() is XendOptions.instance()
+        assert XendOptions.instance().config_path == str(path)
+    finally:
+        XendOptions.instance.cache_clear()
+
+
+def test_without_a_file_the_defaults_are_xends() -> None:
+    options = XendOptions.XendOptions()
+    assert options.config == ("xend-config",)
+    assert options.get_xend_relocation_port() == 8002
+    assert options.get_xend_relocation_ssl_port() == 8003
+    assert options.get_xend_relocation_server() is False
+    assert options.get_xend_relocation_hosts_allow() == options.get_xend_relocation_address() == ""
+    assert options.get_vif_script() == "vif-bridge"
+    assert options.get_network_script() is None
+    assert options.get_xend_unix_xmlrpc_server() is True
+    assert options.get_xen_api_server() == [["unix"]]
+    assert options.get_enable_dom0_ballooning() is False
+    assert options.get_reserved_memory() == 0
+    assert options.get_xend_relocation_server_ssl_key_file() is None
+
+
+def test_what_the_file_says(options: Callable[[str], XendOptions.XendOptions], tmp_path: Path) -> None:
+    got = options(
+        "(network-script 'network-bridge netdev=eth1')(dom0-min-mem 196)(total_available_memory 3)"
+        "(xen-api-server ((9363 pam '^a$') (unix none)))(my-own 'x y')(console-limit many)(enable-dump perhaps)"
+        f"(xend-relocation-server-ssl-key-file {tmp_path})(xend-relocation-server-ssl-cert-file absent.crt)"
+    )
+    assert got.get_network_script() == ["/etc/xen/scripts/network-bridge", "netdev=eth1"]
+    assert (got.get_enable_dom0_ballooning(), got.get_reserved_memory()) == (True, 3)
+    assert got.get_xen_api_server() == [["9363", "pam", "^a$"], ["unix", "none"]]
+    assert got.get_config_string("my-own") == "x y"
+    assert got.get_config_value("nothing", 5) == 5
+    assert got.get_xend_relocation_server_ssl_key_file() == str(tmp_path)
+    for method, said in (
+        (got.get_xend_relocation_server_ssl_cert_file, "names /etc/xen/absent.crt, which does not exist"),
+        (got.get_console_limit, "console-limit cannot be many: a whole number is allowed"),
+        (got.get_enable_dump, "enable-dump cannot be perhaps: yes or no is allowed"),
+    ):
+        with pytest.raises(XendError, match=said) as caught:
+            method()
+        assert isinstance(caught.value, RemusError) and said in caught.value.value
+
+
+def test_a_file_that_cannot_be_meant_is_refused(options: Callable[[str], XendOptions.XendOptions]) -> None:
+    with pytest.raises(ConfigError, match="line 1 column 1"):
+        options("(")
+    with pytest.raises(AttributeError, match="get_nothing"):
+        options("").get_nothing()
+
+
+def test_every_key_of_xends_has_its_method(options: Callable[[str], XendOptions.XendOptions]) -> None:
+    asked = {key for _, key, _, _ in XendOptions._GETTERS} | {"enable-dom0-ballooning", "total_available_memory"}
+    assert asked | {"logfile", "loglevel"} == set(config_keys.XEND_KEYS) | config_keys.OTHER_XEND_KEYS
+    example = XendOptions.XendOptions(str(EXAMPLE))
+    for name in dir(example):
+        if name.startswith("get_xend_relocation") and "file" not in name:
+            getattr(example, name)()
+
+
+def test_sxp_is_ours() -> None:
+    assert sxp.Parser is ours.Parser
+    parser = sxp.Parser()
+    parser.input("(domain (name web) (vif 'a b'))")
+    assert parser.ready()
+    domain = parser.get_val()
+    assert sxp.child_value(domain, "name") == "web"
+    assert sxp.to_string(domain) == "(domain (name web) (vif 'a b'))"
+    # what xend's module offered
+    for name in (
+        *("mime_type", "ParseError", "Parser", "atomp", "show", "show_xml", "elementp", "name", "attributes", "attribute"),
+        *("children", "child", "child_at", "child0", "child1", "child2", "child3", "child4", "child_value", "has_id"),
+        *("with_id", "child_with_id", "elements", "merge", "to_string", "from_string", "all_from_string", "parse"),
+    ):
+        assert hasattr(sxp, name)
