@@ -25,6 +25,7 @@ from remus_colo.checkpoint.pvm import PvmEngine
 from remus_colo.errors import DomainError, ExitStatus, PeerError
 from remus_colo.proxy.comparator import CompareConfig
 from remus_colo.proxy.primary_path import Tunnel
+from remus_colo.relocation import tls
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.clock import ClockSample, best_sample
 from remus_colo.relocation.schema import MessageType
@@ -36,6 +37,7 @@ from remus_colo.session.primary import PrimarySession, SessionConfig
 
 if TYPE_CHECKING:
     from remus_colo.options import ColoOptions
+    from remus_colo.remus_options import RemusOptions
 
 log = logging.getLogger(__name__)
 
@@ -138,13 +140,17 @@ def only_one(domid: int, name: str) -> Iterator[None]:
         yield
 
 
-def connect(options: ColoOptions, generation: int, channel_name: str) -> Channel:
+def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: str) -> Channel:
     """Open one of the two channels and introduce ourselves.
 
     :raise PeerLost, PeerError: nobody is there, or it refused.
+    :raise ConfigError: a file for TLS is not what it should be.
     """
+    context = None if options.tls is None else tls.client_context(options.tls)
     deadline_s = time.monotonic() + CONNECT_TIMEOUT_S
-    channel = Channel.connect(options.destination, options.port, deadline_s=deadline_s, generation=generation)
+    channel = Channel.connect(
+        options.destination, options.port, deadline_s=deadline_s, generation=generation, tls_context=context
+    )
     try:
         channel.send_control(
             MessageType.HELLO, 0, {"versions": [VERSION], "host": socket.gethostname(), "channel": channel_name}

@@ -11,14 +11,15 @@ import errno
 import logging
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
-from remus_colo.errors import FramingError, MessageError, PeerLost
-from remus_colo.relocation import handshake
+from remus_colo.errors import FramingError, MessageError, PeerError, PeerLost
+from remus_colo.relocation import handshake, tls
 from remus_colo.relocation.schema import SCHEMAS, MessageType
 from remus_colo.relocation.wire import (
     HEADER_BYTES,
@@ -45,7 +46,10 @@ KEEPALIVE_INTERVAL_S = 2
 KEEPALIVE_PROBES = 5
 
 
-def _tune(sock: socket.socket) -> None:
+Socket = socket.socket | tls.TlsSocket
+
+
+def _tune(sock: Socket) -> None:
     sock.setblocking(False)
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
@@ -67,13 +71,16 @@ class Channel:
     :param generation: the protection session, put into each frame sent by :meth:`send_control` and
         :meth:`send_bulk`.
     :param peer: the peer's name in messages.
+    :ivar accepts: the types of messages that may come, or None: all.  A frame of another type is refused as soon
+        as its header is there.
     """
 
-    def __init__(self, sock: socket.socket, *, generation: int = 0, peer: str = "the peer") -> None:
+    def __init__(self, sock: Socket, *, generation: int = 0, peer: str = "the peer") -> None:
         _tune(sock)
         self.peer = peer
         self.generation = generation
         self.sessions = SessionFilter()
+        self.accepts: Collection[MessageType] | None = None
         self._sock = sock
         self._send_lock = threading.Lock()
         self._state_lock = threading.Lock()
@@ -89,11 +96,20 @@ class Channel:
     # -- opening ---------------------------------------------------------------------------------
 
     @classmethod
-    def connect(cls, host: str, port: int = DEFAULT_PORT, *, deadline_s: float, generation: int = 0) -> Self:
+    def connect(
+        cls,
+        host: str,
+        port: int = DEFAULT_PORT,
+        *,
+        deadline_s: float,
+        generation: int = 0,
+        tls_context: ssl.SSLContext | None = None,
+    ) -> Self:
         """Connects to the relocation port and opens the ``colo`` operation.
 
+        :param tls_context: None: without TLS.
         :raise PeerLost: nobody answers there in time.
-        :raise PeerError: the server does not offer the operation.
+        :raise PeerError: the server does not offer the operation, or TLS, or cannot be trusted.
         :raise FramingError: no relocation server answers there.
         """
         peer = f"{host} port {port}"
@@ -113,12 +129,22 @@ class Channel:
         except OSError as error:
             hint = "; is remusd running there?" if error.errno == errno.ECONNREFUSED else ""
             raise PeerLost(f"cannot connect to {peer}: {error.strerror or error}{hint}") from error
-        channel = cls(sock, generation=generation, peer=peer)
+        connected: Socket = sock
+        if tls_context is not None:
+            connected = tls.wrap_client(sock, tls_context, deadline_s, host, peer)
+        channel = cls(connected, generation=generation, peer=peer)
         try:
             channel._send_all([handshake.request_line()], deadline_s)
             handshake.check_reply(channel.read_line(deadline_s))
-        except BaseException:
+        except BaseException as error:
             channel.close()
+            if isinstance(error.__cause__, ssl.SSLError):
+                # with TLS 1.3 a server looks at our certificate only when we take the connection for open
+                why = tls.reason(error.__cause__)
+                raise PeerError(f"{peer} refused us within TLS: {why}; see ssl-ca-file there") from error
+            if isinstance(error, PeerLost):
+                hint = "does it allow this host to connect, and is that port one with TLS (see --ssl)?"
+                raise PeerLost(f"{error}; {hint}") from error
             raise
         return channel
 
@@ -131,11 +157,13 @@ class Channel:
         """
         try:
             operation = handshake.parse_request(self.read_line(deadline_s))
-            if operation not in operations:
-                raise MessageError(f"expected one of the operations {sorted(operations)}, got {operation!r}")
-        except (FramingError, MessageError) as error:
+        except FramingError as error:
             self._send_all([handshake.error_line(str(error))], deadline_s)
             raise
+        if operation not in operations:
+            refusal = MessageError(f"expected one of the operations {sorted(operations)}, got {operation!r}")
+            self._send_all([handshake.refusal(operation, str(refusal))], deadline_s)
+            raise refusal
         self._send_all([handshake.ready_line(operation)], deadline_s)
         return operation
 
@@ -151,6 +179,8 @@ class Channel:
             if not self._receive_into(memoryview(chunk), deadline_s):
                 raise PeerLost(f"{self.peer} did not finish its line in time")
             line += chunk
+            if line[0] in handshake.TLS_RECORD_TYPES:
+                raise FramingError(f"{self.peer} speaks TLS where we do not: check --ssl, and the port")
             if len(line) > handshake.LINE_LIMIT_BYTES:
                 limit = handshake.LINE_LIMIT_BYTES
                 raise FramingError(f"expected a line of at most {limit} bytes from {self.peer}")
@@ -261,7 +291,10 @@ class Channel:
                 if not count:
                     return None
                 self._header_have += count
-            self._header = parse_header(bytes(self._header_buffer))
+            header = parse_header(bytes(self._header_buffer))
+            if self.accepts is not None and header.type not in self.accepts:
+                raise MessageError(f"{header.type.name} is not allowed at this point of the conversation")
+            self._header = header
             # a new one for each frame: a bulk message goes on owning its bytes
             self._payload = bytearray(self._header.length_bytes)
             self._payload_have = 0
@@ -295,6 +328,10 @@ class Channel:
             while True:
                 try:
                     return call()
+                except tls.WouldBlock as error:
+                    if error.event != event:
+                        event = error.event
+                        poller.modify(self._sock, event)
                 except BlockingIOError:
                     pass
                 remaining_s = deadline_s - time.monotonic()

@@ -10,10 +10,18 @@ from __future__ import annotations
 
 import re
 
+from remus_colo import sxp
 from remus_colo.errors import FramingError, PeerError
 
 COLO = "colo"
 LINE_LIMIT_BYTES = 512
+# What a host of Xen 4.4 or before asks for (tools/python/xen/xend/server/relocate.py).
+XEND_OPERATIONS = frozenset({"receive", "sslreceive", "help", "quit"})
+# It reads so much of the answer, without looking at it, and what comes after when its sending has failed
+# (domain_migrate in XendDomain.py).
+XEND_ANSWER_BYTES = 80
+# First octets of what TLS says in place of a line: alert, handshake (RFC 8446, 5.1). No line begins with one.
+TLS_RECORD_TYPES = b"\x15\x16"
 
 _OPERATION = re.compile(r"[a-z][a-z0-9._-]{0,31}")
 _VALUE = re.compile(r"\(value\s+(?P<quote>['\"]?)(?P<text>.*?)(?P=quote)\)+\s*$")
@@ -31,6 +39,20 @@ def error_line(reason: str) -> bytes:
     """One line, whatever ``reason`` holds, and never too long for :func:`check_reply`."""
     sentence = " ".join(reason.split()).encode("utf-8")[: LINE_LIMIT_BYTES - len(b"error \n")]
     return b"error " + sentence.decode("utf-8", "ignore").encode("utf-8") + b"\n"
+
+
+def refusal(operation: str, reason: str) -> bytes:
+    """What to answer to an operation that is not offered, in the asker's own language.
+
+    xend reads the first 80 octets and drops them, sends the guest, and looks for what went wrong only when that
+    fails: so it is told twice, the second time where it looks.
+    """
+    if operation not in XEND_OPERATIONS:
+        return error_line(reason)
+    value = f"Invalid operation: {operation}: here is remusd, not xend"
+    line = sxp.to_string(["err", ["type", "XendError"], ["value", value]])
+    short = sxp.to_string(["err", ["type", "XendError"], ["value", f"Invalid operation: {operation}"]])
+    return f"{short:<{XEND_ANSWER_BYTES - 1}}\n{line}\n".encode("ascii")
 
 
 def _text(line: bytes, what: str) -> str:
