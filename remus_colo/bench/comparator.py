@@ -33,10 +33,13 @@ QEMU = "qemu-system-x86_64"
 
 SIZES = (64, 512, 1400)  # bytes of a frame, from the Ethernet header on
 FLOWS = (1, 100, 10000)
-BATCH = 256
+BATCH_PACKETS = 256
+# Less than a socket's buffer: what is sent must not wait for what is not read yet.
+BATCH_BYTES = 128 << 10
 TURNS = 5
 START_TIMEOUT_S = 20.0
 ROLES = ("pri", "sec", "out")
+NAMES = ("remus_colo", "QEMU")
 BATCH_TIMEOUT_S = 30.0
 _HEADERS = 54  # Ethernet, IPv4, TCP
 
@@ -153,37 +156,41 @@ def qemu_version() -> str:
 def subjects(directory: Path, bridge: Path) -> Iterator[tuple[Subject, Subject]]:
     with ExitStack() as stack:
         both = []
-        for name in ("remus_colo", "QEMU"):
+        for name in NAMES:
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
-            if name == "QEMU":
-                command = qemu_command(home)
-            else:
-                command = [str(bridge), *(str(home / role) for role in ROLES)]
+            command = qemu_command(home) if name == "QEMU" else [str(bridge), *(str(home / role) for role in ROLES)]
             subject = Subject(name, command, home)
             stack.callback(subject.close)
             both.append(subject)
         yield both[0], both[1]
 
 
-def measure(bridge: Path, directory: Path, size: int, flows: int, packets: int) -> dict[str, float]:
-    """One cell: packets per CPU second of both.  A packet is what the PVM sends; each comes from both sides."""
-    per_turn = max(1, packets // BATCH)
-    warm_up = max(4, -(-flows // BATCH))
-    found: dict[str, list[float]] = {"remus_colo": [], "QEMU": []}
-    with subjects(directory, bridge) as both:
-        number = 0
+def measure(bridge: Path, directory: Path, size: int, packets: int) -> list[dict[str, float]]:
+    """Packets per CPU second of both, for each number of flows.  A packet is what the PVM sends; each comes from both sides.
+
+    All take turns, so that what disturbs this machine disturbs all alike.
+    """
+    batch = min(BATCH_PACKETS, BATCH_BYTES // size)
+    per_turn = max(1, packets // batch)
+    rates: dict[tuple[int, str], list[float]] = {(flows, name): [] for flows in FLOWS for name in NAMES}
+    with ExitStack() as stack:
+        under_test = {flows: stack.enter_context(subjects(directory, bridge)) for flows in FLOWS}
         for turn in range(TURNS + 1):
-            count = per_turn if turn else warm_up
-            batches = [frames(flows, size, BATCH, number + index * BATCH) for index in range(count)]
-            number += count * BATCH
-            for subject in both if turn % 2 else both[::-1]:
-                before_s = subject.cpu_s()
-                subject.pump(batches)
-                if turn:
-                    found[subject.name].append(count * BATCH / (subject.cpu_s() - before_s))
-    ours, theirs = (statistics.median(found[name]) for name in ("remus_colo", "QEMU"))
-    return {"bytes": size, "flows": flows, "packets_per_cpu_s": round(ours), "qemu_packets_per_cpu_s": round(theirs),
-            "ratio": round(ours / theirs, 2)}  # fmt: skip
+            for flows, both in under_test.items():
+                warm_up = max(4, -(-flows // batch))
+                count, number = (per_turn, (warm_up + (turn - 1) * per_turn) * batch) if turn else (warm_up, 0)
+                batches = [frames(flows, size, batch, number + index * batch) for index in range(count)]
+                for subject in both if turn % 2 else both[::-1]:
+                    before_s = subject.cpu_s()
+                    subject.pump(batches)
+                    if turn:
+                        rates[flows, subject.name].append(count * batch / (subject.cpu_s() - before_s))
+    found = []
+    for flows in FLOWS:
+        ours, theirs = (statistics.median(rates[flows, name]) for name in NAMES)
+        found.append({"bytes": size, "flows": flows, "packets_per_cpu_s": round(ours), "qemu_packets_per_cpu_s": round(theirs),
+                      "ratio": round(ours / theirs, 2)})  # fmt: skip
+    return found
 
 
 def run(quick: bool = False) -> dict[str, object]:
@@ -195,13 +202,12 @@ def run(quick: bool = False) -> dict[str, object]:
         raise HostError(f"{QEMU} is not installed (Debian: apt install qemu-system-x86)")
     version = qemu_version()
     log.info("comparator: packets per CPU second, beside colo-compare of QEMU %s", version)
-    log.info("%6s %6s %12s %12s %6s", "bytes", "flows", "remus_colo", "QEMU", "ratio")
-    cells = []
+    log.info("%6s %6s %12s %12s %6s", "bytes", "flows", *NAMES, "ratio")
+    cells: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="remus-bench-") as scratch:
         bridge = build_bridge(Path(scratch))
         for size in SIZES:
-            for flows in FLOWS:
-                cell = measure(bridge, Path(scratch), size, flows, 10_000 if quick else 50_000)
+            for cell in measure(bridge, Path(scratch), size, 10_000 if quick else 50_000):
                 cells.append(cell)
                 log.info("%6d %6d %12d %12d %6.2f", *cell.values())
     return {"qemu": version, "cells": cells, "least_ratio": min(cell["ratio"] for cell in cells),

@@ -62,6 +62,8 @@ struct conn {
     bool primary_seen, secondary_seen, has_isn, has_secondary_isn;
     bool primary_rst, secondary_rst, secondary_rst_has_ack, primary_rst_has_ack;
     bool midstream; /* began without a SYN or a cut: what is below origin is not known to be good */
+    bool urgent;    /* one of them has marked urgent data */
+    bool extra;     /* there may be more of the SVM's than secondary: low, syn_payload */
     uint8_t space;  /* which one the SVM's segments are in */
     /* rare */
     struct conn *next; /* newer */
@@ -123,14 +125,15 @@ struct state {
     struct flow *flow;
     uint64_t kept_bytes; /* of the SVM, with overhead */
     struct conn *primary, *secondary; /* TCP: where each side is */
-    struct link contents;  /* other than TCP */
     bool diverged;
     bool progressed; /* the watermark has moved since somebody last looked */
-    struct link leading; /* in its epoch's list if the SVM has said what the PVM has not */
-    struct conn first;   /* TCP: the first connection of this epoch */
-    struct conn *oldest; /* of those that are remembered */
-    int64_t leading_ns;  /* since when without progress */
+    struct link leading;  /* in its epoch's list if the SVM has said what the PVM has not */
+    int64_t leading_ns;   /* since when without progress */
     struct link buffered; /* in its epoch's list if the SVM's output is kept */
+    struct conn first;    /* TCP: the first connection of this epoch */
+    /* rare, or not TCP */
+    struct conn *oldest; /* of those that are remembered */
+    struct link contents;
     struct difference difference;
 };
 
@@ -380,9 +383,20 @@ void compare_drain(struct colo *c, struct flow *flow);
 void compare_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame);
 void compare_again(struct colo *c, int64_t now_ns, struct held *h);
 void compare_joined(struct colo *c, int64_t now_ns, struct assembly *a);
+
+/* ask.c */
+
+/* The request to be filled in; NULL if one has been made since the last cut. */
 struct request *ask(struct colo *c, int reason, enum request_kind kind);
 void ask_difference(struct colo *c, const struct state *s, struct difference difference);
+void ask_limit(struct colo *c, int reason, uint64_t amount, uint64_t limit, const char *unit);
 void ask_limits(struct colo *c);
+
+/* due.c */
+void age_early(struct colo *c, int64_t now_ns);
+void age_assemblies(struct colo *c, int64_t now_ns);
+void drop_assembly(struct colo *c, struct assembly *a);
+struct assembly *oldest_secondary_assembly(const struct colo *c);
 
 /* words.c: sentences for people */
 void words_flow(const struct flow_key *key, char *out, size_t size);

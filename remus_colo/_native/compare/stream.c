@@ -11,289 +11,7 @@
  *
  * RFC 9293 says what takes up sequence space: each byte of data, SYN and FIN.
  */
-#include "state.h"
-
-static int64_t later(int64_t a, int64_t b)
-{
-    return a > b ? a : b; /* NOWHERE is the least */
-}
-
-static void differ(struct colo *c, struct state *s, const struct conn *conn, int64_t position, int kind, uint8_t primary,
-                   uint8_t secondary)
-{
-    int64_t origin = conn->origin == NOWHERE ? position : conn->origin;
-
-    if (s->diverged)
-        return;
-    s->diverged = true;
-    s->difference = (struct difference){position - origin, (uint32_t)position, (uint8_t)kind, primary, secondary};
-    ask_difference(c, s, s->difference);
-}
-
-/* -- connections -- */
-
-static void conn_init(struct conn *conn, uint32_t index)
-{
-    memset(conn, 0, sizeof(*conn));
-    conn->index = index;
-    conn->watermark = conn->origin = conn->reference = conn->primary_high = NOWHERE;
-    conn->primary_fin = conn->secondary_fin = conn->primary_ack = conn->secondary_ack = NOWHERE;
-    conn->secondary_rst_at = NOWHERE;
-    for (int i = 0; i < URGENT_KEPT; i++)
-        conn->primary_urgent[i] = conn->secondary_urgent[i] = NOWHERE;
-}
-
-static void conn_clear(struct colo *c, struct conn *conn)
-{
-    runs_clear(c, &conn->primary);
-    runs_clear(c, &conn->secondary);
-    runs_clear(c, &conn->low);
-    buf_drop(&c->pool, conn->rst_payload);
-    buf_drop(&c->pool, conn->syn_payload);
-    conn->rst_payload = conn->syn_payload = NULL;
-}
-
-static uint64_t conn_kept(const struct conn *conn)
-{
-    return conn->secondary.bytes + conn->low.bytes + (conn->syn_payload ? conn->syn_payload->size : 0);
-}
-
-static void recount(struct state *s, struct conn *conn)
-{
-    uint64_t kept = conn_kept(conn);
-
-    s->kept_bytes += kept - conn->counted;
-    conn->counted = kept;
-}
-
-static int64_t unwrap(struct conn *conn, uint32_t seq)
-{
-    int64_t reference = conn->watermark;
-
-    if (reference == NOWHERE) {
-        if (conn->reference == NOWHERE)
-            conn->reference = (int64_t)seq + ((int64_t)1 << 32);
-        reference = conn->reference;
-    }
-    return reference + (int32_t)(seq - (uint32_t)reference);
-}
-
-static int64_t unwrap_ack(const struct conn *conn, uint32_t ack)
-{
-    int64_t reference = conn->secondary_ack != NOWHERE ? conn->secondary_ack : conn->primary_ack;
-
-    if (reference == NOWHERE)
-        return (int64_t)ack + ((int64_t)1 << 32);
-    return reference + (int32_t)(ack - (uint32_t)reference);
-}
-
-static uint32_t distance(uint32_t a, uint32_t b)
-{
-    return a - b < b - a ? a - b : b - a;
-}
-
-/*
- * Which space the SVM's segments are in, if there is no rewriter or nobody knows.  Initial sequence numbers are random,
- * so the first segment lies near one of the two and far from the other.
- */
-static void decide_space(struct conn *conn, uint32_t seq)
-{
-    uint32_t expected = conn->watermark != NOWHERE ? (uint32_t)conn->watermark : conn->isn + 1;
-
-    if (conn->space == SPACE_UNDECIDED)
-        conn->space = distance(seq + conn->shift, expected) < distance(seq, expected) ? SPACE_OWN : SPACE_MAPPED;
-}
-
-static uint32_t mapped(const struct colo *c, struct conn *conn, uint32_t seq)
-{
-    if (!c->config.own_sequence || !conn->shift)
-        return seq;
-    decide_space(conn, seq);
-    return conn->space == SPACE_OWN ? seq + conn->shift : seq;
-}
-
-static void learn_shift(struct conn *conn)
-{
-    if (conn->has_isn && conn->has_secondary_isn)
-        conn->shift = conn->isn - conn->secondary_isn;
-}
-
-/* What the SVM said before its space could be decided is where it sent it: put it where the PVM's stream begins. */
-static void move_early(struct conn *conn, int64_t position)
-{
-    int64_t first = conn->secondary.first ? conn->secondary.first->start : conn->secondary_fin, move;
-
-    if (first == NOWHERE)
-        return;
-    decide_space(conn, (uint32_t)first);
-    if (conn->space != SPACE_OWN)
-        return;
-    /* Unwrapped again: either number may have wrapped. */
-    move = position + (int32_t)((uint32_t)first + conn->shift - (uint32_t)position) - first;
-    for (struct run *run = conn->secondary.first; run; run = run->next)
-        run->start += move;
-    if (conn->secondary_fin != NOWHERE)
-        conn->secondary_fin += move;
-    for (int i = 0; i < URGENT_KEPT; i++) {
-        if (conn->secondary_urgent[i] != NOWHERE)
-            conn->secondary_urgent[i] += move;
-    }
-}
-
-/* The PVM's stream begins at position for us. */
-static void conn_start(struct colo *c, struct state *s, struct conn *conn, int64_t position, bool midstream)
-{
-    int64_t conflict;
-
-    if (c->config.own_sequence && conn->shift)
-        move_early(conn, position);
-    conn->watermark = conn->origin = position;
-    conn->midstream = midstream;
-    if (midstream)
-        runs_move_below(c, &conn->secondary, &conn->low, position);
-    else
-        runs_forget_below(c, &conn->secondary, position);
-    if (conn->syn_payload) {
-        struct buf *buf = conn->syn_payload;
-        struct source source = {buf->bytes, buf->size, buf};
-
-        conn->syn_payload = NULL;
-        if (runs_insert(c, &conn->secondary, position, buf->bytes, buf->size, &source, &conflict) == RUNS_CONFLICT)
-            differ(c, s, conn, conflict, DIFF_SECONDARY_REPEAT, 0, 0);
-        buf_drop(&c->pool, buf);
-    }
-}
-
-static struct conn *following(struct colo *c, struct conn *conn)
-{
-    if (!conn->next) {
-        conn->next = pool_take(&c->pool, sizeof(*conn));
-        conn_init(conn->next, conn->index + 1);
-    }
-    return conn->next;
-}
-
-/* Free the connections that both sides have left. */
-static void prune(struct colo *c, struct state *s)
-{
-    struct conn *conn;
-
-    while ((conn = s->oldest) != s->primary && conn != s->secondary && conn->held == 0) {
-        s->oldest = conn->next;
-        s->kept_bytes -= conn->counted;
-        conn_clear(c, conn);
-        if (conn != &s->first)
-            pool_give(&c->pool, conn, sizeof(*conn));
-    }
-}
-
-/* All that the other side has said is that it refuses what this SYN accepts: the same attempt, not an older connection. */
-static bool refused(bool rst, bool has_ack, uint32_t rst_ack, bool syn_has_ack, uint32_t ack)
-{
-    return rst && has_ack && syn_has_ack && rst_ack == ack;
-}
-
-static struct conn *primary_syn(struct colo *c, struct state *s, uint32_t seq, bool has_ack, uint32_t ack)
-{
-    struct conn *conn = s->primary;
-
-    if (conn->has_isn && conn->isn == seq)
-        return conn;
-    if (conn->primary_seen ||
-        (conn->secondary_seen && !conn->has_secondary_isn &&
-         !refused(conn->secondary_rst, conn->secondary_rst_has_ack, conn->secondary_rst_ack, has_ack, ack))) {
-        conn = s->primary = following(c, conn);
-        prune(c, s);
-    }
-    conn->isn = seq;
-    conn->has_isn = true;
-    learn_shift(conn);
-    conn_start(c, s, conn, unwrap(conn, seq) + 1, false);
-    return conn;
-}
-
-static struct conn *secondary_syn(struct colo *c, struct state *s, uint32_t seq, bool has_ack, uint32_t ack)
-{
-    struct conn *conn = s->secondary;
-
-    /* A rewriter that has learned the offset in the meantime gives a repeated SYN the PVM's number. */
-    if (conn->has_secondary_isn && (seq == conn->secondary_isn || (conn->has_isn && seq == conn->isn)))
-        return conn;
-    if (conn->secondary_seen ||
-        (conn->primary_seen && !conn->has_isn &&
-         !refused(conn->primary_rst, conn->primary_rst_has_ack, conn->primary_rst_ack, has_ack, ack))) {
-        if (conn->index > s->primary->index) {
-            /* The SVM is one connection ahead already and opens yet another: that one replaces it. */
-            uint64_t counted = conn->counted;
-
-            conn_clear(c, conn);
-            conn_init(conn, conn->index);
-            conn->counted = counted;
-        } else {
-            conn = s->secondary = following(c, conn);
-            prune(c, s);
-        }
-    }
-    conn->secondary_isn = seq;
-    conn->has_secondary_isn = true;
-    conn->space = SPACE_UNDECIDED;
-    learn_shift(conn);
-    return conn;
-}
-
-/* -- comparing -- */
-
-static bool noted(const int64_t *marks, int64_t mark)
-{
-    for (int i = 0; i < URGENT_KEPT; i++) {
-        if (marks[i] == mark)
-            return true;
-    }
-    return false;
-}
-
-static void note_urgent(int64_t *marks, int64_t mark)
-{
-    if (noted(marks, mark))
-        return;
-    memmove(marks + 1, marks, (URGENT_KEPT - 1) * sizeof(*marks));
-    marks[0] = mark;
-}
-
-/* A segment with the urgent byte says so (RFC 9293, 3.8.5): when both have sent it, both must have marked it. */
-static void check_urgent(struct colo *c, struct state *s, const struct conn *conn, int64_t from)
-{
-    for (int i = 0; i < URGENT_KEPT; i++) {
-        int64_t mine = conn->primary_urgent[i], theirs = conn->secondary_urgent[i];
-
-        if (mine > from && mine <= conn->watermark && !noted(conn->secondary_urgent, mine))
-            differ(c, s, conn, mine, DIFF_URGENT, 1, 0);
-        if (theirs > from && theirs <= conn->watermark && !noted(conn->primary_urgent, theirs))
-            differ(c, s, conn, theirs, DIFF_URGENT, 0, 1);
-    }
-}
-
-/* Once one side has refused or reset the connection, what the other says beyond that can have no equal any more. */
-static void check_reset(struct colo *c, struct state *s, struct conn *conn)
-{
-    if (conn->secondary_rst && !conn->primary_rst && conn == s->secondary) {
-        const struct run *missing = conn->primary.first;
-
-        if (conn->has_isn && !conn->has_secondary_isn && conn->secondary_rst_has_ack && conn->primary_ack != NOWHERE &&
-            conn->secondary_rst_ack == (uint32_t)conn->primary_ack)
-            differ(c, s, conn, conn->origin, DIFF_SYN_RESET, 0, 0);
-        else if (missing && conn->secondary_rst_at != NOWHERE && missing->start >= conn->secondary_rst_at)
-            differ(c, s, conn, missing->start, DIFF_RESET_DATA, 0, 0);
-        else if (conn->primary_fin != NOWHERE && conn->primary_fin >= conn->watermark && conn->secondary_fin == NOWHERE &&
-                 conn->secondary_rst_at != NOWHERE && conn->primary_fin >= conn->secondary_rst_at)
-            differ(c, s, conn, conn->primary_fin, DIFF_RESET_DATA, 0, 0);
-        else if (conn->secondary_ack != NOWHERE && conn->primary_ack > conn->secondary_ack)
-            differ(c, s, conn, later(conn->watermark, 0), DIFF_RESET_ACK, 0, 0);
-    }
-    if (conn->primary_rst && conn->primary_rst_has_ack && !conn->has_isn && conn->has_secondary_isn &&
-        conn->secondary_ack != NOWHERE && (uint32_t)conn->secondary_ack == conn->primary_rst_ack)
-        differ(c, s, conn, 0, DIFF_RESET_SYN, 0, 0);
-}
+#include "stream.h"
 
 /* Compare size bytes at the watermark with what the other side has there; take it from there and return how many. */
 static uint32_t agree(struct colo *c, struct state *s, struct conn *conn, bool primary, const uint8_t *data, uint32_t size)
@@ -308,7 +26,7 @@ static uint32_t agree(struct colo *c, struct state *s, struct conn *conn, bool p
         if (memcmp(mine, theirs, count)) {
             uint32_t at = first_difference(mine, theirs, count);
 
-            differ(c, s, conn, conn->watermark + at, DIFF_BYTE, primary ? mine[at] : theirs[at],
+            stream_differ(c, s, conn, conn->watermark + at, DIFF_BYTE, primary ? mine[at] : theirs[at],
                    primary ? theirs[at] : mine[at]);
             return done;
         }
@@ -351,11 +69,11 @@ static void take(struct colo *c, struct state *s, struct conn *conn, bool primar
     case RUNS_OK:
         break;
     case RUNS_CONFLICT:
-        differ(c, s, conn, conflict, primary ? DIFF_PRIMARY_REPEAT : DIFF_SECONDARY_REPEAT, 0, 0);
+        stream_differ(c, s, conn, conflict, primary ? DIFF_PRIMARY_REPEAT : DIFF_SECONDARY_REPEAT, 0, 0);
         return;
     case RUNS_FULL:
         if (primary)
-            differ(c, s, conn, start, DIFF_PIECES, 0, 0);
+            stream_differ(c, s, conn, start, DIFF_PIECES, 0, 0);
         else
             c->counters.secondary_dropped++;
         return;
@@ -376,24 +94,25 @@ static void settle(struct colo *c, struct state *s, struct conn *conn, int64_t b
             conn->watermark = ++at;
             runs_forget_below(c, &conn->secondary, at);
         } else if (conn->secondary.first && conn->secondary.first->start == at) {
-            differ(c, s, conn, at, DIFF_FIN_DATA, 0, 0);
+            stream_differ(c, s, conn, at, DIFF_FIN_DATA, 0, 0);
         }
     } else if (conn->secondary_fin == at && conn->primary.first && conn->primary.first->start == at) {
-        differ(c, s, conn, at, DIFF_DATA_FIN, 0, 0);
+        stream_differ(c, s, conn, at, DIFF_DATA_FIN, 0, 0);
     }
     if (at != before) {
         s->progressed = true;
-        check_urgent(c, s, conn, before);
+        if (conn->urgent)
+            stream_check_urgent(c, s, conn, before);
     }
     if (conn->secondary_rst)
-        check_reset(c, s, conn);
+        stream_check_reset(c, s, conn);
 }
 
 static void primary_segment(struct colo *c, struct state *s, struct held *h)
 {
     bool fin = h->flags & TH_FIN, syn = h->flags & TH_SYN;
     struct conn *conn = (h->flags & (TH_SYN | TH_RST)) == TH_SYN
-                            ? primary_syn(c, s, h->seq, h->flags & TH_ACK, h->wire_ack)
+                            ? conn_primary_syn(c, s, h->seq, h->flags & TH_ACK, h->wire_ack)
                             : s->primary;
     int64_t start, data_end, end, high, before;
     struct source source;
@@ -402,23 +121,23 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
     h->conn = conn;
     h->end = h->ack = h->low = NOWHERE;
     if (h->flags & TH_ACK) {
-        h->ack = unwrap_ack(conn, h->wire_ack);
+        h->ack = conn_unwrap_ack(conn, h->wire_ack);
         conn->primary_ack = later(conn->primary_ack, h->ack);
     }
     if (h->flags & TH_RST) {
         conn->primary_rst = true;
         conn->primary_rst_has_ack = h->flags & TH_ACK;
         conn->primary_rst_ack = h->wire_ack;
-        check_reset(c, s, conn);
+        stream_check_reset(c, s, conn);
         return;
     }
     if (!h->size && !h->lacks && !syn && !fin) {
         if (conn->secondary_rst)
-            check_reset(c, s, conn);
+            stream_check_reset(c, s, conn);
         return; /* takes up no sequence space: pure ACK, window update, keepalive, probe */
     }
 
-    start = unwrap(conn, h->seq) + syn;
+    start = conn_unwrap(conn, h->seq) + syn;
     if (conn->watermark == NOWHERE)
         conn_start(c, s, conn, start, !syn);
     before = conn->watermark;
@@ -432,17 +151,17 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
         if (conn->primary_fin == NOWHERE && data_end >= high)
             conn->primary_fin = data_end;
         else
-            differ(c, s, conn, data_end, DIFF_PRIMARY_FIN, 0, 0);
+            stream_differ(c, s, conn, data_end, DIFF_PRIMARY_FIN, 0, 0);
     }
     if (h->flags & TH_URG)
-        note_urgent(conn->primary_urgent, unwrap(conn, h->seq) + h->urgent);
+        stream_note_urgent(conn, conn->primary_urgent, conn_unwrap(conn, h->seq) + h->urgent);
     if (s->diverged)
         return;
     if (h->size && start + h->size > before) {
         uint32_t skip = start < before ? (uint32_t)(before - start) : 0;
 
         if (conn->primary_fin != NOWHERE && data_end > conn->primary_fin) {
-            differ(c, s, conn, conn->primary_fin, DIFF_PRIMARY_BEHIND_FIN, 0, 0);
+            stream_differ(c, s, conn, conn->primary_fin, DIFF_PRIMARY_BEHIND_FIN, 0, 0);
             return;
         }
         source = (struct source){h->data, h->size, h->buf};
@@ -461,7 +180,7 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
 void stream_primary(struct colo *c, struct state *s, struct held *h)
 {
     primary_segment(c, s, h);
-    recount(s, h->conn);
+    conn_recount(s, h->conn);
 }
 
 static void secondary_reset(struct colo *c, struct state *s, struct conn *conn, const struct packet *p)
@@ -471,14 +190,14 @@ static void secondary_reset(struct colo *c, struct state *s, struct conn *conn, 
     conn->secondary_rst_ack = p->ack;
     /* The reset of a closed port has sequence number 0 and an ACK, and says nothing of the stream. */
     if (conn->watermark != NOWHERE && !(p->seq == 0 && p->flags & TH_ACK))
-        conn->secondary_rst_at = unwrap(conn, mapped(c, conn, p->seq));
+        conn->secondary_rst_at = conn_unwrap(conn, conn_mapped(c, conn, p->seq));
     buf_drop(&c->pool, conn->rst_payload);
     conn->rst_payload = NULL;
     if (p->size) {
         conn->rst_payload = buf_new(&c->pool, p->size);
         memcpy(conn->rst_payload->bytes, p->payload, p->size);
     }
-    check_reset(c, s, conn);
+    stream_check_reset(c, s, conn);
 }
 
 /* The SVM's bytes below where the PVM's stream began for us. */
@@ -493,7 +212,7 @@ static void take_low(struct colo *c, struct state *s, struct conn *conn, int64_t
     case RUNS_OK:
         break;
     case RUNS_CONFLICT:
-        differ(c, s, conn, conflict, DIFF_SECONDARY_REPEAT, 0, 0);
+        stream_differ(c, s, conn, conflict, DIFF_SECONDARY_REPEAT, 0, 0);
         break;
     case RUNS_FULL:
         c->counters.secondary_dropped++;
@@ -502,20 +221,20 @@ static void take_low(struct colo *c, struct state *s, struct conn *conn, int64_t
 
 static void secondary_units(struct colo *c, struct state *s, struct conn *conn, uint32_t seq, const struct packet *p)
 {
-    int64_t start = unwrap(conn, seq), end = start + p->size, fin_at = end + p->lacks, before = conn->watermark;
+    int64_t start = conn_unwrap(conn, seq), end = start + p->size, fin_at = end + p->lacks, before = conn->watermark;
     struct source source = {p->payload, p->size, NULL};
 
     if (p->flags & TH_URG)
-        note_urgent(conn->secondary_urgent, start + p->urgent);
+        stream_note_urgent(conn, conn->secondary_urgent, start + p->urgent);
     if (p->flags & TH_FIN && (before == NOWHERE || fin_at >= before)) {
         if ((conn->secondary_fin != NOWHERE && conn->secondary_fin != fin_at) || runs_end(&conn->secondary) > fin_at) {
-            differ(c, s, conn, fin_at, DIFF_SECONDARY_FIN, 0, 0);
+            stream_differ(c, s, conn, fin_at, DIFF_SECONDARY_FIN, 0, 0);
             return;
         }
         conn->secondary_fin = fin_at;
     }
     if (p->size && conn->secondary_fin != NOWHERE && end > conn->secondary_fin) {
-        differ(c, s, conn, conn->secondary_fin, DIFF_SECONDARY_BEHIND_FIN, 0, 0);
+        stream_differ(c, s, conn, conn->secondary_fin, DIFF_SECONDARY_BEHIND_FIN, 0, 0);
         return;
     }
     if (p->size && conn->midstream && start < conn->origin)
@@ -536,28 +255,29 @@ static void secondary_units(struct colo *c, struct state *s, struct conn *conn, 
 void stream_secondary(struct colo *c, struct state *s, const struct packet *p)
 {
     struct conn *conn = (p->flags & (TH_SYN | TH_RST)) == TH_SYN
-                            ? secondary_syn(c, s, p->seq, p->flags & TH_ACK, p->ack)
+                            ? conn_secondary_syn(c, s, p->seq, p->flags & TH_ACK, p->ack)
                             : s->secondary;
 
     conn->secondary_seen = true;
     if (p->flags & TH_ACK)
-        conn->secondary_ack = later(conn->secondary_ack, unwrap_ack(conn, p->ack));
+        conn->secondary_ack = later(conn->secondary_ack, conn_unwrap_ack(conn, p->ack));
     if (p->flags & TH_RST) {
         secondary_reset(c, s, conn, p);
     } else if (s->diverged) {
         /* nothing more can be made of it */
     } else if (p->flags & TH_SYN) {
-        check_reset(c, s, conn);
+        stream_check_reset(c, s, conn);
         if (p->size && conn->has_isn) {
             secondary_units(c, s, conn, conn->isn + 1, p);
         } else if (p->size && !conn->syn_payload) {
+            conn->extra = true;
             conn->syn_payload = buf_new(&c->pool, p->size);
             memcpy(conn->syn_payload->bytes, p->payload, p->size);
         }
     } else if (p->size || p->flags & TH_FIN) {
-        secondary_units(c, s, conn, mapped(c, conn, p->seq), p);
+        secondary_units(c, s, conn, conn_mapped(c, conn, p->seq), p);
     }
-    recount(s, conn);
+    conn_recount(s, conn);
 }
 
 /* This packet may leave, as far as it is itself concerned (those before it come first). */
@@ -589,7 +309,7 @@ bool stream_ready(struct colo *c, struct state *s, struct held *h)
         case COVER_EQUAL:
             break;
         case COVER_DIFFERS:
-            differ(c, s, conn, where, DIFF_PRIMARY_REPEAT, 0, 0);
+            stream_differ(c, s, conn, where, DIFF_PRIMARY_REPEAT, 0, 0);
             return false;
         case COVER_MISSING:
             return false;
@@ -674,6 +394,7 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
     conn->primary_rst = conn->secondary_rst = old.primary_rst;
     conn->primary_rst_has_ack = conn->secondary_rst_has_ack = old.primary_rst_has_ack;
     conn->primary_rst_ack = conn->secondary_rst_ack = old.primary_rst_ack;
+    conn->urgent = old.urgent;
     memcpy(conn->primary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
     memcpy(conn->secondary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
 }
@@ -690,5 +411,5 @@ void stream_shrink(struct colo *c, struct state *s, uint64_t excess)
         runs_drop_last(c, &conn->secondary);
     while (conn->low.last && before - conn_kept(conn) < excess)
         runs_drop_last(c, &conn->low);
-    recount(s, conn);
+    conn_recount(s, conn);
 }
