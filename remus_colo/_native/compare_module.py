@@ -31,14 +31,15 @@ def load() -> Any:
     :raise HostError: it is not installed and cannot be built here.
     """
     try:
-        builder = importlib.import_module(BUILDER)
+        builder: Any = importlib.import_module(BUILDER)
         wanted = builder.source_hash() if builder.SOURCES else None
     except ImportError:
         builder = wanted = None  # installed without what builds it
+    module: Any = None
     try:
         module = importlib.import_module(NAME)
     except ImportError:
-        module = None
+        pass
     if module is not None:
         built_from = module.ffi.string(module.lib.colo_source_hash).decode()
         if wanted is None or built_from == wanted:

@@ -11,7 +11,6 @@ system), which does not depend on what else the machine does.  The two take turn
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import socket
 import statistics
@@ -130,7 +129,7 @@ def build_bridge(directory: Path) -> Path:
     """:raise HostError: there is no compiler, or it fails."""
     path = directory / "bridge"
     sources = [HERE / "bridge.c", *sorted((NATIVE / "compare").glob("*.c"))]
-    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-o", path, *sources]
+    command = ["cc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-o", str(path), *map(str, sources)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     except OSError as error:

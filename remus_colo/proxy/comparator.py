@@ -44,9 +44,8 @@ class Reason(enum.StrEnum):
     USER = "user"
 
 
-# By number: the order of enum colo_reason in compare.h, from COLO_TCP_PAYLOAD on.
+# In the order of enum colo_reason in compare.h, from COLO_TCP_PAYLOAD (1) on.
 REASONS = (
-    None,
     Reason.TCP_PAYLOAD,
     Reason.TCP_RESET,
     Reason.ICMP_PAYLOAD,
@@ -284,7 +283,7 @@ class Comparator:
         if reason:
             detail = self._ffi.new("char[]", _DETAIL_BYTES)
             lib.colo_request(colo, detail, _DETAIL_BYTES)
-            request = CheckpointRequest(REASONS[reason], self._ffi.string(detail).decode())
+            request = CheckpointRequest(REASONS[reason - 1], self._ffi.string(detail).decode())
         out = self._out[0]
         decision = Decision(
             tuple(out[index].id for index in range(count)), request, tuple(out[index].how for index in range(count))

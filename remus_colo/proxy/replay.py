@@ -42,7 +42,7 @@ NEAREST_OF = 1000
 class ReplayConfig:
     """:ivar tail_s: how long to go on behind the last packet; None for until nothing can change any more."""
 
-    compare: CompareConfig = CompareConfig(own_sequence=True)
+    compare: CompareConfig = field(default_factory=lambda: CompareConfig(own_sequence=True))
     checkpoint_s: float = 0.0
     tail_s: float | None = None
 
