@@ -7,6 +7,7 @@ the module is built, within a few seconds, into the user's cache (``$XDG_CACHE_H
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -36,10 +37,8 @@ def load() -> Any:
     except ImportError:
         builder = wanted = None  # installed without what builds it
     module: Any = None
-    try:
+    with contextlib.suppress(ImportError):
         module = importlib.import_module(NAME)
-    except ImportError:
-        pass
     if module is not None:
         built_from = module.ffi.string(module.lib.colo_source_hash).decode()
         if wanted is None or built_from == wanted:
