@@ -79,14 +79,16 @@ class Leg:
     shift_ms: tuple[float, float]
 
 
-def read(protection: Protection) -> Reading:
-    """Ask the guest what it saw; the first time, have it begin to look."""
+def read(protection: Protection, timer_ms: int) -> Reading:
+    """Ask the guest what it saw; the first time, have it begin to look, every so many milliseconds."""
     asked_ns = time.monotonic_ns()
-    body = protection.http_get("/clock")
+    body = protection.http_get(f"/clock?period_ms={timer_ms}")
     return Reading(asked_ns, time.monotonic_ns(), json.loads(body))
 
 
-def leg(protection: Protection, host: str, checkpoints: int, first: Reading, remus: dict[str, Any]) -> Leg:
+def leg(
+    protection: Protection, host: str, checkpoints: int, first: Reading, timer_ms: int, remus: dict[str, Any]
+) -> Leg:
     """Protect the guest that runs on ``host``, wait for so many checkpoints, kill the host, see the other take over."""
     other = OTHER[host]
     daemon = protection.start_daemon(other)
@@ -95,7 +97,7 @@ def leg(protection: Protection, host: str, checkpoints: int, first: Reading, rem
     killed_s = protection.kill(host)
     daemon.wait_event("active", ACTIVE_TIMEOUT_S)
     takeover_ms = (time.monotonic() - killed_s) * 1000
-    after = read(protection)
+    after = read(protection, timer_ms)
     shift = tuple(round((a - b) / 1e6, 1) for a, b in zip(after.ahead_ns, reversed(first.ahead_ns), strict=True))
     mode = next(event for event in run.events if event["event"] == "mode")
     clocks = [event for event in daemon.events if event["event"] == "clock"]
@@ -163,15 +165,16 @@ def faults(told: dict[str, Any], legs: Sequence[Leg]) -> list[str]:
 
 
 def journey(
-    protection: Protection, failovers: int, checkpoints: int, remus: dict[str, Any], note: Callable[[str], None]
+    protection: Protection, failovers: int, checkpoints: int, timer_ms: int, remus: dict[str, Any],
+    note: Callable[[str], None],
 ) -> tuple[list[Leg], dict[str, Any]]:
     """The guest's whole way; the legs of it, and what its program told at the end."""
     protection.ensure_guest()
-    first = read(protection)
+    first = read(protection, timer_ms)
     legs: list[Leg] = []
     host = "primary"
     for number in range(1, failovers + 1):
-        made = leg(protection, host, math.ceil(checkpoints / failovers), first, remus)
+        made = leg(protection, host, math.ceil(checkpoints / failovers), first, timer_ms, remus)
         legs.append(made)
         note(
             f"{number}: {made.checkpoints} {made.mode} checkpoints on {host} ({made.why}), takeover after "
@@ -180,7 +183,7 @@ def journey(
         if number < failovers:
             protection.bed.boot(host)
         host = OTHER[host]
-    return legs, read(protection).told
+    return legs, read(protection, timer_ms).told
 
 
 def cooperative_pauses_ms(protection: Protection, checkpoints: int, remus: dict[str, Any]) -> list[float]:
@@ -196,7 +199,7 @@ def cooperative_pauses_ms(protection: Protection, checkpoints: int, remus: dict[
 
 
 def run(
-    bed: Bed, failovers: int, checkpoints: int, remus: dict[str, Any], directory: Path
+    bed: Bed, failovers: int, checkpoints: int, timer_ms: int, remus: dict[str, Any], directory: Path
 ) -> tuple[dict[str, Any], bool]:
     """The whole of it in a bed that is up; the summary, and whether all went well."""
     with Protection(bed) as protection:
@@ -206,7 +209,7 @@ def run(
         told: dict[str, Any] = {}
         try:
             cooperative = cooperative_pauses_ms(protection, COOPERATIVE_CHECKPOINTS, remus)
-            legs, told = journey(protection, failovers, checkpoints, remus, log.info)
+            legs, told = journey(protection, failovers, checkpoints, timer_ms, remus, log.info)
             wrong = faults(told, legs)
             print(report(legs, told))
             transparent = [ms for one in legs if one.mode == "transparent" for ms in one.pauses_ms[1:]]
@@ -246,6 +249,6 @@ def report(legs: Sequence[Leg], told: dict[str, Any]) -> str:
         "its clocks moved against CLOCK_MONOTONIC: "
         + ", ".join(f"{name} {(most - least) / 1e6:.3f} ms" for name, (_, least, most) in told["skew"].items()),
         f"the longest steps of its clock: {', '.join(f'{ms:.0f}' for ms in longest)} ms; allowed: {limit_ms(legs):.0f} ms",
-        f"its 10 ms timer: {told['expirations']} expirations, {told['expected']} expected, "
+        f"its timer of {told['period_ns'] / 1e6:g} ms: {told['expirations']} expirations, {told['expected']} expected, "
         f"never more than {told['miscounted']} apart",
     ])  # fmt: skip

@@ -111,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seed", type=int, default=None, help="of the random moments; printed, to repeat a run")
     add("--skew", type=float, default=0.0, metavar="S", help="backup's Xen time minus primary's")
     add("--checkpoints", type=int, default=100, metavar="N", help="all in all, for clock (default: %(default)s)")
+    add("--timer", type=int, default=10, metavar="MS", help="of the guest's watch, for clock (default: %(default)s)")
     add("--xen", default="debian", metavar="XEN", help="as for the bed's up: 'debian', 'patched' or a file")
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), help="as for remus")
     add("--logs", type=Path, metavar="DIR", help="where to keep the logs of what went wrong (a new directory in /tmp)")
@@ -131,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
                 found, well = scenario_endurance.run(bed, options.n, _remus_options(options), directory)
             elif options.kind == "clock":
                 fresh(bed, Options(xen=options.xen, skew_s=options.skew))
-                found, well = scenario_clock.run(bed, options.n, options.checkpoints, _remus_options(options), directory)
+                found, well = scenario_clock.run(bed, options.n, options.checkpoints, options.timer, _remus_options(options), directory)
             else:
                 found, well = failovers(bed, options, directory)
         finally:

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 LIMIT_S = 30.0
 
 
-def ask(path: Path) -> dict[str, Any]:
+def ask(path: Path, question: bytes = b"/clock") -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(LIMIT_S)
         client.connect(str(path))
-        client.sendall(b"GET /clock HTTP/1.0\r\n")
+        client.sendall(b"GET " + question + b" HTTP/1.0\r\n")
         client.sendall(b"Host: web\r\n\r\n")
         data = b""
         while piece := client.recv(65536):
@@ -90,3 +90,12 @@ def test_a_stop_is_a_gap_and_loses_no_expiration(program: tuple[subprocess.Popen
         told = ask(path)
     assert max(gap[2] for gap in told["gaps"]) >= stopped_ns - 2 * told["period_ns"]
     assert told["miscounted"] == 0 and told["backward"]["monotonic"] == 0
+
+
+@pytest.mark.parametrize(("asked", "period_ms"), [(b"25", 25), (b"0", 10), (b"-4", 10), (b"1000", 10), (b"x", 10)])
+def test_the_first_request_chooses_the_timer(
+    program: tuple[subprocess.Popen[bytes], Path], asked: bytes, period_ms: int
+) -> None:
+    _, path = program
+    assert ask(path, b"/clock?period_ms=" + asked)["period_ns"] == period_ms * 1_000_000
+    assert ask(path, b"/clock?period_ms=77")["period_ns"] == period_ms * 1_000_000

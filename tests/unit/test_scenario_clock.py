@@ -68,7 +68,7 @@ def test_a_reading_bounds_how_far_the_guest_is_ahead() -> None:
 
 
 def test_the_report_names_every_leg_and_the_longest_steps() -> None:
-    shown = scenario_clock.report([GOOD, GOOD], told(samples=9, expirations=7, expected=7))
+    shown = scenario_clock.report([GOOD, GOOD], told(period_ns=10 * MS, samples=9, expirations=7, expected=7))
     assert shown.count("transparent") == 2
     assert "1500, 12 ms" in shown and "allowed: 4700 ms" in shown
     table = scenario_clock.pauses_table({"transparent": [1.0, 2.0, 3.0], "co-operative": []}).splitlines()

@@ -5,9 +5,9 @@
  *
  *   guest_clock SOCKET
  *
- * SOCKET is the path of the Unix socket that nginx passes requests to. The first request starts a timer of 10 ms,
- * and from then on all clocks are read whenever it expires; until then the program sleeps. Each answer is one JSON
- * object, about all the time since (nanoseconds unless said otherwise):
+ * SOCKET is the path of the Unix socket that nginx passes requests to. The first request starts a timer of 10 ms, or
+ * of N ms for /clock?period_ms=N, and from then on all clocks are read whenever it expires; until then the program
+ * sleeps. Each answer is one JSON object, about all the time since (nanoseconds unless said otherwise):
  *
  *   now          monotonic, realtime and boottime, at the answer
  *   backward     per clock, how often a reading was below the one before it
@@ -35,7 +35,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { GAPS = 64, PERIOD_NS = 10000000, REQUEST_BYTES = 4096, REPLY_BYTES = 16384 };
+enum { GAPS = 64, DEFAULT_PERIOD_MS = 10, MAX_PERIOD_MS = 999, REQUEST_BYTES = 4096, REPLY_BYTES = 16384 };
 /* The clocks are read one after the other: what was interrupted for longer than this says nothing of their distance. */
 enum { TOGETHER_NS = 1000000 };
 
@@ -45,7 +45,7 @@ static const clockid_t ids[CLOCKS] = { CLOCK_MONOTONIC, CLOCK_REALTIME, CLOCK_BO
 struct gap { int64_t at, length, late; };
 
 static int timer = -1;
-static int64_t started, last[CLOCKS];
+static int64_t period, started, last[CLOCKS];
 static int64_t least[CLOCKS], most[CLOCKS], first[CLOCKS]; /* less monotonic */
 static uint64_t together; /* readings that say something of the clocks' distance */
 static uint64_t expirations, samples, backward[CLOCKS];
@@ -88,17 +88,26 @@ static void read_clocks(int64_t reading[CLOCKS])
     together++;
 }
 
-static void start(void)
+static void start(const char *request)
 {
-    struct itimerspec spec = { .it_interval.tv_nsec = PERIOD_NS };
+    static const char question[] = "GET /clock?period_ms=";
+    struct itimerspec spec = { 0 };
+    long period_ms = DEFAULT_PERIOD_MS;
     int64_t at;
+
+    if (!strncmp(request, question, sizeof question - 1))
+        period_ms = strtol(request + sizeof question - 1, NULL, 10);
+    if (period_ms < 1 || period_ms > MAX_PERIOD_MS)
+        period_ms = DEFAULT_PERIOD_MS;
+    period = period_ms * 1000000;
+    spec.it_interval.tv_nsec = period;
 
     timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     if (timer < 0)
         die("timerfd_create");
     read_clocks(last);
     started = last[MONOTONIC];
-    at = started + PERIOD_NS; /* the first of the expirations */
+    at = started + period; /* the first of the expirations */
     spec.it_value.tv_sec = at / 1000000000;
     spec.it_value.tv_nsec = at % 1000000000;
     if (timerfd_settime(timer, TFD_TIMER_ABSTIME, &spec, NULL) < 0)
@@ -119,7 +128,7 @@ static void keep_gap(struct gap gap)
 /* How many times the timer should have expired by @at. */
 static int64_t expected(int64_t at)
 {
-    return (at - started) / PERIOD_NS;
+    return (at - started) / period;
 }
 
 static void sample(void)
@@ -131,7 +140,7 @@ static void sample(void)
     if (read(timer, &count, sizeof count) != (ssize_t)sizeof count)
         return;
     read_clocks(reading);
-    due = started + (int64_t)(expirations + 1) * PERIOD_NS; /* when the first of these was to come */
+    due = started + (int64_t)(expirations + 1) * period; /* when the first of these was to come */
     expirations += count;
     samples++;
     /* The kernel counted at some moment between the two readings. */
@@ -168,12 +177,12 @@ static int report(char *out, size_t size)
 
     read_clocks(reading);
     n = snprintf(out, size,
-                 "{\"period_ns\": %d, \"started\": %lld, \"samples\": %llu, "
+                 "{\"period_ns\": %lld, \"started\": %lld, \"samples\": %llu, "
                  "\"now\": {\"monotonic\": %lld, \"realtime\": %lld, \"boottime\": %lld}, "
                  "\"backward\": {\"monotonic\": %llu, \"realtime\": %llu, \"boottime\": %llu}, "
                  "\"together\": %llu, \"skew\": {\"realtime\": [%lld, %lld, %lld], \"boottime\": [%lld, %lld, %lld]}, "
                  "\"expirations\": %llu, \"expected\": %lld, \"miscounted\": %lld, \"steal_ticks\": %lld, \"gaps\": [",
-                 PERIOD_NS, (long long)started, (unsigned long long)samples, (long long)reading[MONOTONIC],
+                 (long long)period, (long long)started, (unsigned long long)samples, (long long)reading[MONOTONIC],
                  (long long)reading[REALTIME], (long long)reading[BOOTTIME], (unsigned long long)backward[MONOTONIC],
                  (unsigned long long)backward[REALTIME], (unsigned long long)backward[BOOTTIME],
                  (unsigned long long)together,
@@ -210,7 +219,7 @@ static void answer(int client)
         request[held] = '\0';
     } while (!strstr(request, "\r\n\r\n") && held < sizeof request - 1);
     if (timer < 0)
-        start();
+        start(request);
     body_bytes = report(body, sizeof body);
     head_bytes = snprintf(head, sizeof head,
                           "HTTP/1.0 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
