@@ -26,6 +26,7 @@ from remus_colo.options import (
     Parser,
     count,
     milliseconds,
+    parse_limits,
     split_command,
     tls_files,
 )
@@ -107,6 +108,13 @@ def build_parser() -> Parser:
         help="checkpoint if a packet's counterpart has not come for MS milliseconds (default %(default)s)",
     )
     colo.add_argument(
+        "--limits",
+        metavar="NAME=N,...",
+        default="",
+        help="checkpoint if the comparison holds more than that: held-bytes and held-packets of the primary VM, secondary-bytes of "
+        "the other, flows; idle-flow-ms forgets flows (docs/comparison.rst has the defaults)",
+    )
+    colo.add_argument(
         "--period",
         metavar="MS",
         type=milliseconds,
@@ -163,6 +171,7 @@ def from_file(config: Configuration) -> dict[str, Any]:
         "compression": config.ours("compression"),
         "checkpoint": config.ours("checkpoint"),
         "compare_timeout": config.ours("compare-timeout"),
+        "limits": config.ours("limits"),
         "period": config.ours("period"),
         "heartbeat_interval": config.ours("heartbeat-interval"),
         "heartbeat_timeout": config.ours("heartbeat-timeout"),
@@ -211,6 +220,7 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
         port=given.port,
         checkpoint=CheckpointChoice(given.checkpoint),
         compare_timeout_s=given.compare_timeout / 1000,
+        limits=parse_limits(given.limits),
         period_s=given.period / 1000 or None,
         heartbeat_interval_s=given.heartbeat_interval / 1000,
         heartbeat_timeout_s=given.heartbeat_timeout / 1000,

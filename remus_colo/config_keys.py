@@ -164,6 +164,7 @@ COLO_KEYS: Mapping[str, Key] = {
     "interval": Key(MILLISECONDS, _number(options.DEFAULT_INTERVAL_MS), Use.REMUS),
     "checkpoint": Key(CHECKPOINT, CheckpointChoice.AUTO.value, Use.REMUS),
     "compare-timeout": Key(MILLISECONDS, _number(options.DEFAULT_COMPARE_TIMEOUT_MS), Use.REMUS),
+    "limits": Key(TEXT, "", Use.REMUS),
     "period": Key(MILLISECONDS, _number(options.DEFAULT_PERIOD_MS), Use.REMUS),
     "heartbeat-interval": Key(MILLISECONDS, _number(options.DEFAULT_HEARTBEAT_INTERVAL_MS), Use.REMUS),
     "heartbeat-timeout": Key(MILLISECONDS, _number(options.DEFAULT_HEARTBEAT_TIMEOUT_MS), Use.REMUS),

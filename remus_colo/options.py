@@ -25,6 +25,8 @@ DEFAULT_HEARTBEAT_INTERVAL_MS = 250
 DEFAULT_HEARTBEAT_TIMEOUT_MS = 2_000
 # Fewer, and one heartbeat that is late is taken for a dead host.
 HEARTBEATS_PER_TIMEOUT = 3
+# Bounds of what the comparison holds; those of docs/comparison.rst if they are not given.
+LIMITS = ("held-bytes", "held-packets", "flows", "secondary-bytes", "idle-flow-ms")
 # Connections to remusd that are no session yet.
 DEFAULT_HALF_OPEN_LIMIT = 32
 
@@ -68,6 +70,7 @@ class ColoOptions:
     """What ``remus --colo`` is to do. Times are in seconds.
 
     :param domain: name or domid.
+    :param limits: (name of :data:`LIMITS`, number) for each that is not the default.
     :param period_s: a checkpoint at least so often; None: only when outputs differ.
     :param verify_every: compare both VMs' memory after each so many checkpoints, 0 for never.
     :param fence: the hook's command line, empty for none.
@@ -80,6 +83,7 @@ class ColoOptions:
     port: int = DEFAULT_PORT
     checkpoint: CheckpointChoice = CheckpointChoice.AUTO
     compare_timeout_s: float = DEFAULT_COMPARE_TIMEOUT_MS / 1000
+    limits: tuple[tuple[str, int], ...] = ()
     period_s: float | None = DEFAULT_PERIOD_MS / 1000
     heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_MS / 1000
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_MS / 1000
@@ -101,6 +105,22 @@ class ColoOptions:
             raise ConfigError("--compare-timeout must be at least 1 ms")
         if self.period_s is not None and not self.period_s > 0:
             raise ConfigError("--period must be 0 (never) or more ms")
+
+
+def parse_limits(text: str) -> tuple[tuple[str, int], ...]:
+    """``name=number`` with commas between them.
+
+    :raise ConfigError: no such limit, or no number from 1 to 10**12.
+    """
+    limits = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.partition("=")
+        if name not in LIMITS:
+            raise ConfigError(f"--limits: there is no limit {name!r}: give {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
+        if not (number.isascii() and number.isdecimal() and 0 < int(number) <= 10**12):
+            raise ConfigError(f"--limits: {name} must be a whole number from 1, got {number!r}")
+        limits.append((name, int(number)))
+    return tuple(limits)
 
 
 def check_word(what: str, word: str) -> None:

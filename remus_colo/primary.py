@@ -208,7 +208,7 @@ def _session_config(
         name=name,
         mode=choice.mode,
         heartbeat=HeartbeatConfig(options.heartbeat_interval_s, options.heartbeat_timeout_s),
-        compare=CompareConfig(compare_timeout_s=options.compare_timeout_s),
+        compare=CompareConfig.from_limits(options.compare_timeout_s, dict(options.limits)),
         period_s=options.period_s or 0.0,
         verify_every=options.verify_every,
         tunnels=tunnels,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,17 @@ class CompareConfig:
     secondary_bytes: int = 8 << 20
     idle_flow_s: float = 300.0
     own_sequence: bool = False
+
+    @classmethod
+    def from_limits(cls, compare_timeout_s: float, limits: Mapping[str, int]) -> CompareConfig:
+        """What ``remus --colo`` is given.
+
+        :param limits: by the names of :data:`remus_colo.options.LIMITS`; the defaults for those that are missing.
+        """
+        fields: dict[str, Any] = {name.replace("-", "_"): number for name, number in limits.items()}
+        if "idle_flow_ms" in fields:
+            fields["idle_flow_s"] = fields.pop("idle_flow_ms") / 1000
+        return cls(compare_timeout_s=compare_timeout_s, **fields)
 
 
 @dataclass(slots=True)

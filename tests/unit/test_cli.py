@@ -58,7 +58,7 @@ def test_defaults() -> None:
 
 def test_everything_given() -> None:
     line = (
-        "--colo -p 9000 --no-compression --checkpoint cooperative --compare-timeout 500 --period 0 "
+        "--colo -p 9000 --no-compression --checkpoint cooperative --compare-timeout 500 --limits flows=9,held-bytes=5 --period 0 "
         "--heartbeat-interval 100 --heartbeat-timeout 300 --verify 5 --log /tmp/x --status-json --verbose web backup"
     )
     assert cli.parse([*line.split(), "--fence", "/sbin/fence 'a b'"]) == ColoOptions(
@@ -67,6 +67,7 @@ def test_everything_given() -> None:
         port=9000,
         checkpoint=CheckpointChoice.COOPERATIVE,
         compare_timeout_s=0.5,
+        limits=(("flows", 9), ("held-bytes", 5)),
         period_s=None,
         heartbeat_interval_s=0.1,
         heartbeat_timeout_s=0.3,
@@ -119,6 +120,9 @@ def test_classic_options_without_a_meaning_for_colo_are_noted() -> None:
         ("--colo -i soon web", "--interval: invalid milliseconds value: 'soon'"),
         ("--colo --checkpoint fast web", "--checkpoint: invalid choice: 'fast'"),
         ("--colo --compare-timeout 0 web", "--compare-timeout must be at least 1 ms"),
+        ("--colo --limits bytes=5 web", "--limits: there is no limit 'bytes': give held-bytes, held-packets, flows,"),
+        ("--colo --limits flows=0 web", "--limits: flows must be a whole number from 1, got '0'"),
+        ("--colo --limits flows web", "--limits: flows must be a whole number from 1, got ''"),
         ("--colo --heartbeat-interval 0 web", "--heartbeat-interval must be at least 1 ms"),
         (
             "--colo --heartbeat-interval 500 --heartbeat-timeout 1000 web",

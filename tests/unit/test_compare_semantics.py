@@ -26,7 +26,8 @@ from packets import (
     udp_body,
 )
 
-from remus_colo.proxy.comparator import How, Reason
+from remus_colo.options import parse_limits
+from remus_colo.proxy.comparator import CompareConfig, How, Reason
 
 # -- TCP: connections ------------------------------------------------------------------------------------
 
@@ -394,6 +395,12 @@ def test_connections_in_use_do_not_make_room():
         bench.s(tcp(101, 50, ACK, b"a", port=port))
         assert bench.p(tcp(101, 50, ACK, b"a", port=port)) == ((bench.count,), None)
     assert bench.p(tcp(100, 50, SYN | ACK, port=9)) == ((), Reason.LIMIT_FLOWS)
+
+
+def test_limits_as_a_user_gives_them():
+    config = CompareConfig.from_limits(0.5, dict(parse_limits("flows=7, idle-flow-ms=900,held-bytes=5,held-packets=6,secondary-bytes=8")))
+    assert config == CompareConfig(0.5, held_bytes=5, held_packets=6, flows=7, secondary_bytes=8, idle_flow_s=0.9)
+    assert CompareConfig.from_limits(1.0, {}) == CompareConfig()
 
 
 def test_how_packets_leave():

@@ -176,12 +176,13 @@ def test_the_example_is_without_a_fault() -> None:
 def test_remus_takes_from_the_file_what_is_not_given(written: Written) -> None:
     path = written(
         "(xend-relocation-port 9000)(xend-relocation-ssl-port 9001)(remus-colo (checkpoint cooperative)"
-        "(compare-timeout 500)(period 0)(heartbeat-interval 100)(heartbeat-timeout 400)(compression no)(verify 7)"
+        "(compare-timeout 500)(limits 'flows=7,idle-flow-ms=900')(period 0)(heartbeat-interval 100)(heartbeat-timeout 400)(compression no)(verify 7)"
         "(fence \"/f 'a b'\")(ssl-ca-file /ca))"
     )
     base = ["--colo", "--config", path, "web", "backup"]
     options = cli.parse(base)
     assert (options.port, options.tls, options.checkpoint) == (9000, None, CheckpointChoice.COOPERATIVE)
+    assert options.limits == (("flows", 7), ("idle-flow-ms", 900))
     assert (options.compare_timeout_s, options.period_s, options.heartbeat_interval_s) == (0.5, None, 0.1)
     assert (options.heartbeat_timeout_s, options.compression, options.verify_every) == (0.4, False, 7)
     assert (options.fence, options.notes) == (("/f", "a b"), ())
