@@ -11,8 +11,10 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ["compare.h"]  # what Python and C loops see
-SOURCES = sorted((HERE / "compare").glob("*.c"))
+HEADERS = ["compare.h", "rewrite.h"]  # what Python and C loops see
+FOLDERS = ["compare", "rewrite"]
+SOURCES = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.c"))
+INNER_HEADERS = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.h"))
 COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
 
 
@@ -26,8 +28,7 @@ def declarations() -> str:
 def source_hash() -> str:
     """Tells one state of the sources from another."""
     digest = hashlib.sha256()
-    inner = sorted((HERE / "compare").glob("*.h"))
-    for path in (*(HERE / name for name in HEADERS), *inner, *SOURCES, Path(__file__)):
+    for path in (*(HERE / name for name in HEADERS), *INNER_HEADERS, *SOURCES, Path(__file__)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -51,7 +52,7 @@ def make_builder(base: Path | None = None, extra_args: Sequence[str] = (), extra
         + f'static const char *const colo_source_hash = "{source_hash()}";\n',
         sources=[name(path) for path in SOURCES],
         include_dirs=[str(HERE)],
-        depends=[name(path) for path in sorted((HERE / "compare").glob("*.h"))],
+        depends=[name(path) for path in INNER_HEADERS],
         extra_compile_args=[*COMPILE_ARGS, *extra_args],
         extra_link_args=list(extra_args),
         extra_objects=list(extra_objects),

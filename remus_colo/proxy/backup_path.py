@@ -20,10 +20,10 @@ from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import PacketQueue
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.errors import RemusError
-from remus_colo.proxy import announce, headers
+from remus_colo.proxy import announce
 from remus_colo.proxy.announce import AddressBook
 from remus_colo.proxy.primary_path import Tunnel, backup_ifname, primary_ifname
-from remus_colo.proxy.rewriter import Rewriter
+from remus_colo.proxy.rewriter import Rewriter, finish_checksum
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ LINK_TIMEOUT_S = 10.0
 EXPIRE_S = 10.0
 ETHERTYPE_IP = 0x0800
 ETHERTYPE_ARP = 0x0806
+ETHERTYPE_IPV6 = 0x86DD
 NO_MAC = bytes(6)
 LOCAL_MAC = bytes.fromhex("020000000001")  # locally administered: nobody answers to it
 
@@ -114,7 +115,7 @@ class SvmVifPath:
         assert queue is not None
         if ethertype == ETHERTYPE_ARP:
             self.guest_addresses.learn_arp(packet)
-        elif ethertype == ETHERTYPE_IP:
+        elif ethertype in (ETHERTYPE_IP, ETHERTYPE_IPV6):
             self.guest_addresses.learn_packet(packet)
             changed = self.rewriter.from_guest(time.monotonic(), packet)
             for held in self.rewriter.take_held():
@@ -127,8 +128,9 @@ class SvmVifPath:
     def _packet_to_guest(self, packet_id: int, packet: bytes, ethertype: int) -> None:
         queue = self._to_guest
         assert queue is not None
-        if ethertype == ETHERTYPE_IP:
-            self.client_addresses.learn_packet(packet)
+        if ethertype in (ETHERTYPE_IP, ETHERTYPE_IPV6):
+            if ethertype == ETHERTYPE_IP:  # those that can be asked by ARP whether the LAN works
+                self.client_addresses.learn_packet(packet)
             changed = self.rewriter.to_guest(time.monotonic(), packet)
             if changed is not None:
                 self._verdict(queue, packet_id, changed)
@@ -140,7 +142,8 @@ class SvmVifPath:
         assert self.vif is not None
         try:
             with RawLink(self.vif.ifname) as raw:
-                raw.send(announce.ethernet(self._mac, LOCAL_MAC, ETHERTYPE_IP, packet))
+                ethertype = ETHERTYPE_IPV6 if packet[0] >> 4 == 6 else ETHERTYPE_IP
+                raw.send(announce.ethernet(self._mac, LOCAL_MAC, ethertype, packet))
         except RemusError as error:
             log.debug("a packet kept back was lost: %s", error)
 
@@ -148,10 +151,7 @@ class SvmVifPath:
     def _verdict(queue: PacketQueue, packet_id: int, changed: bytes) -> None:
         if changed:
             # The kernel may not have filled the checksum in yet, and takes a changed packet's as it is.
-            whole = bytearray(changed)
-            if start := headers.tcp_start(whole):
-                headers.fill_tcp_checksum(whole, start)
-            queue.accept_modified(packet_id, bytes(whole))
+            queue.accept_modified(packet_id, finish_checksum(changed))
         else:
             queue.drop(packet_id)
 

@@ -6,11 +6,17 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from remus_colo.proxy.headers import ACK, RST, SYN
+SYN, RST, ACK = 2, 4, 16
 
 M = 1 << 32
 WINDOW = 65535
 CLIENT, GUEST = bytes((192, 0, 2, 9)), bytes((192, 0, 2, 80))
+
+
+class Family:
+    """Which IP :func:`build` makes packets of."""
+
+    v6 = False
 
 
 def stream(first: int, count: int, salt: int) -> bytes:
@@ -28,11 +34,15 @@ def checksum(data: bytes) -> int:
 
 def build(to_guest: bool, flags: int, seq: int, ack: int, payload: bytes = b"", options: bytes = b"") -> bytes:
     source, target, ports = (CLIENT, GUEST, (40000, 80)) if to_guest else (GUEST, CLIENT, (80, 40000))
+    if Family.v6:
+        source, target = source * 4, target * 4
     options += b"\0" * (-len(options) % 4)
     tcp = struct.pack("!HHIIBBHHH", *ports, seq % M, ack % M, (5 + len(options) // 4) << 4, flags, 500, 0, 0)
     tcp += options + payload
-    total = checksum(source + target + struct.pack("!HH", 6, len(tcp)) + tcp)
+    total = checksum(source + target + struct.pack("!II", len(tcp), 6) + tcp)
     ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, 6, 0)
+    if Family.v6:
+        ip = struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64)
     return ip + source + target + tcp[:16] + struct.pack("!H", total) + tcp[18:]
 
 
@@ -46,8 +56,9 @@ class Segment:
 
 def read(packet: bytes) -> Segment:
     """Check the checksum in full, and take the packet apart."""
-    tcp = packet[20:]
-    assert checksum(packet[12:20] + struct.pack("!HH", 6, len(tcp)) + tcp) == 0
+    start, addresses = (40, packet[8:40]) if packet[0] >> 4 == 6 else (20, packet[12:20])
+    tcp = packet[start:]
+    assert checksum(addresses + struct.pack("!II", len(tcp), 6) + tcp) == 0
     seq, ack, header, flags = struct.unpack_from("!IIBB", tcp, 4)
     return Segment(flags, seq, ack, tcp[(header >> 4) * 4 :])
 

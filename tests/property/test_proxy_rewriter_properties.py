@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import struct
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from rewriter_model import WINDOW, Client, Guest, M, Sent, build, read, stream
+from rewriter_model import ACK, RST, SYN, WINDOW, Client, Family, Guest, M, Sent, build, read, stream
 
-from remus_colo.proxy import headers
-from remus_colo.proxy.headers import ACK, RST, SYN
-from remus_colo.proxy.rewriter import Rewriter
+from remus_colo.proxy.rewriter import Rewriter, finish_checksum
 
 numbers = st.one_of(st.integers(0, M - 1), st.integers(M - 3000, M - 1), st.integers(0, 5))
 counts = st.integers(1, 3000)
@@ -26,12 +25,15 @@ counts = st.integers(1, 3000)
 class Protected(RuleBasedStateMachine):
     """One client port, one guest twice."""
 
+    v6 = False
+
     @initialize(
         pvm=st.lists(numbers, min_size=8, max_size=8),
         svm=st.lists(numbers, min_size=8, max_size=8),
         first=numbers,
     )
     def start(self, pvm: list[int], svm: list[int], first: int) -> None:
+        Family.v6 = self.v6
         self.rewriter = Rewriter()
         self.client = Client()
         self.pvm: Guest | None = Guest(pvm)
@@ -217,8 +219,23 @@ class Protected(RuleBasedStateMachine):
             assert self.rewriter.rewritten_flows <= self.rewriter.flows
 
 
+class ProtectedOverIPv6(Protected):
+    v6 = True
+
+
 TestProtected = Protected.TestCase
 TestProtected.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestProtectedOverIPv6 = ProtectedOverIPv6.TestCase
+TestProtectedOverIPv6.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+
+
+@pytest.fixture(params=["IPv4", "IPv6"])
+def family(request: pytest.FixtureRequest) -> None:
+    """Which IP the packets of the test have."""
+    Family.v6 = request.param == "IPv6"
+
+
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 def mapped(pvm_isn: int, svm_isn: int, client_isn: int) -> Rewriter:
@@ -229,6 +246,8 @@ def mapped(pvm_isn: int, svm_isn: int, client_isn: int) -> Rewriter:
     return rewriter
 
 
+@pytest.mark.usefixtures("family")
+@SHARED
 @given(numbers, numbers, numbers, st.binary(max_size=99), st.binary(max_size=30), st.integers(0, 3), st.data())
 def test_checksums_and_sack_blocks(
     pvm_isn: int, svm_isn: int, client_isn: int, payload: bytes, other: bytes, lead: int, data: st.DataObject
@@ -245,11 +264,13 @@ def test_checksums_and_sack_blocks(
 
     want = packet(svm_isn)
     assert (rewriter.to_guest(0, packet(pvm_isn)) or packet(pvm_isn)) == want
-    assert headers.tcp_checksum(want, 20) == struct.unpack_from("!H", want, 36)[0]
+    assert finish_checksum(want) == want
     sent = build(False, ACK, svm_isn + 9, client_isn + 9, payload)
     assert (rewriter.from_guest(0, sent) or sent) == build(False, ACK, pvm_isn + 9, client_isn + 9, payload)
 
 
+@pytest.mark.usefixtures("family")
+@SHARED
 @given(numbers, numbers, numbers, st.lists(st.tuples(st.booleans(), counts), max_size=10))
 def test_connections_that_the_guest_opens(
     pvm_isn: int, svm_isn: int, peer_isn: int, steps: list[tuple[bool, int]]
@@ -274,18 +295,23 @@ def test_connections_that_the_guest_opens(
             peer += count
 
 
+@pytest.mark.usefixtures("family")
+@SHARED
 @given(st.lists(st.tuples(st.integers(0, 4), st.binary(max_size=100), st.integers(0, 255)), max_size=20))
 def test_random_bytes_never_raise(steps: list[tuple[int, bytes, int]]) -> None:
     rewriter = mapped(1, 2, 3)
     template = {1: build(True, ACK, 4, 2), 2: build(False, ACK, 3, 4)}
+    start, protocol = (40, 6) if Family.v6 else (20, 9)
     for now_s, (kind, data, flags) in enumerate(steps):
         packet = data
         if kind in template:  # the known flow, with a random TCP header behind the ports
-            packet = template[kind][:24] + data
+            packet = template[kind][:start + 4] + data
         elif kind == 3:  # an ICMP error
-            packet = template[1][:9] + b"\x01" + template[1][10:20] + bytes((3, 4)) + data
+            icmp, error = (58, 1) if Family.v6 else (1, 3)
+            packet = template[1][:protocol] + bytes((icmp,)) + template[1][protocol + 1:start] + bytes((error, 4)) + data
         elif kind == 4:
-            packet = template[2][:32] + bytes((data[0] if data else 0, flags)) + template[2][34:] + data
+            at = start + 12
+            packet = template[2][:at] + bytes((data[0] if data else 0, flags)) + template[2][at + 2:] + data
         for result in (rewriter.to_guest(now_s, packet), rewriter.from_guest(now_s, packet)):
             assert result is None or len(result) in (0, len(packet))
         rewriter.take_held()

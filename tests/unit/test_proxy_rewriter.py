@@ -4,18 +4,32 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import pytest
 
-from remus_colo.proxy import headers, rewriter
-from remus_colo.proxy.headers import ACK, FIN, PSH, RST, SYN
-from remus_colo.proxy.rewriter import Rewriter
+from remus_colo.proxy import rewriter
+from remus_colo.proxy.rewriter import Rewriter, finish_checksum
+
+FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
 CLIENT, GUEST = bytes((192, 0, 2, 9)), bytes((192, 0, 2, 80))
+CLIENT6, GUEST6 = (bytes.fromhex("20010db8") + bytes(11) + bytes((last,)) for last in (9, 80))
 CPORT, GPORT = 40000, 80
 CLIENT_ISN, PVM_ISN, SVM_ISN = 0xFFFFFFF0, 5000, 0xFFFFFF00
 OFFSET = (PVM_ISN - SVM_ISN) % 2**32
 M = 2**32
+
+
+class Family:
+    """Which IP the packets of the running test have."""
+
+    v6 = False
+
+
+@pytest.fixture(autouse=True, params=["IPv4", "IPv6"])
+def family(request: pytest.FixtureRequest) -> None:
+    Family.v6 = request.param == "IPv6"
 
 
 def words_sum(data: bytes) -> int:
@@ -38,14 +52,19 @@ def segment(
     ip_options: bytes = b"",
     fragment: int = 0x4000,
 ) -> bytes:
-    source, target, sport, dport = (CLIENT, GUEST, cport, GPORT) if to_guest else (GUEST, CLIENT, GPORT, cport)
+    if Family.v6 and (ip_options or fragment != 0x4000):
+        pytest.skip("about a field of IPv4")
+    client, guest = (CLIENT6, GUEST6) if Family.v6 else (CLIENT, GUEST)
+    source, target, sport, dport = (client, guest, cport, GPORT) if to_guest else (guest, client, GPORT, cport)
     options += b"\0" * (-len(options) % 4)
     tcp = struct.pack(
         "!HHIIBBHHH", sport, dport, seq % M, ack % M, (20 + len(options)) // 4 << 4, flags, 1000, 0, 0
     )
     tcp += options + payload
-    checksum = 0xFFFF - words_sum(source + target + struct.pack("!HH", 6, len(tcp)) + tcp)
+    checksum = 0xFFFF - words_sum(source + target + struct.pack("!II", len(tcp), 6) + tcp)
     tcp = tcp[:16] + struct.pack("!H", checksum) + tcp[18:]
+    if Family.v6:
+        return struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64) + source + target + tcp
     first = 0x45 + len(ip_options) // 4
     ip = struct.pack("!BBHHHBBH", first, 0, 20 + len(ip_options) + len(tcp), 1, fragment, 64, 6, 0)
     return ip + source + target + ip_options + tcp
@@ -132,15 +151,37 @@ def test_ip_options_move_the_ports(rw: Rewriter) -> None:
     assert rw.from_guest(0, out(ACK, SVM_ISN + 1, 0)) == out(ACK, PVM_ISN + 1, 0)
 
 
+def ipaddress_packets() -> list[bytes]:
+    """IPv6 packets that are no whole TCP segment: another protocol, a fragment, extension headers that do not end."""
+    whole = out(ACK, SVM_ISN + 1, 0, b"x" * 40)
+    fragment = whole[:6] + b"\x2c" + whole[7:40] + b"\6\0\0\1\0\0\0\7" + whole[40:]
+    endless = whole[:6] + b"\0" + whole[7:40] + b"\0\0\0\0\0\0\0\0" * 40
+    too_long = whole[:6] + b"\x3c" + whole[7:40] + b"\6\xff\0\0\0\0\0\0" + whole[40:]
+    return [whole[:6] + b"\x11" + whole[7:], fragment, endless, too_long]
+
+
+def test_extension_headers_of_ipv6_are_stepped_over(established: Rewriter) -> None:
+    if not Family.v6:
+        pytest.skip("IPv6 only")
+
+    def extended(packet: bytes) -> bytes:
+        return packet[:6] + b"\0" + packet[7:40] + b"\x3c\0\1\4\0\0\0\0" + b"\6\0\1\4\0\0\0\0" + packet[40:]
+
+    assert established.from_guest(0, extended(out(ACK, SVM_ISN + 1, 5))) == extended(out(ACK, PVM_ISN + 1, 5))
+    want = extended(to(ACK, 5, SVM_ISN + 1))
+    assert established.to_guest(0, extended(to(ACK, 5, PVM_ISN + 1))) == want
+
+
 def test_other_protocols_fragments_and_unknown_flows_are_left(established: Rewriter) -> None:
     whole = out(ACK, SVM_ISN + 1, 0, b"x" * 40)
     udp = whole[:9] + b"\x11" + whole[10:]
-    for packet in (udp, out(ACK, SVM_ISN + 1, 0, fragment=0x2000), out(ACK, 1, fragment=5), b"", whole[:39]):
+    ip = ipaddress_packets() if Family.v6 else [udp, out(ACK, SVM_ISN + 1, 0, fragment=0x2000), out(ACK, 1, fragment=5)]
+    for packet in (*ip, b"", *(whole[:size] for size in range(1, 40))):
         assert established.from_guest(0, packet) is None
         assert established.to_guest(0, packet) is None
     assert established.from_guest(0, out(ACK, SVM_ISN + 1, cport=1)) is None
     assert established.to_guest(0, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1, cport=1)) is None
-    assert established.from_guest(0, b"\x60" + whole[1:]) is None  # not IPv4
+    assert established.from_guest(0, b"\x50" + whole[1:]) is None  # neither IPv4 nor IPv6
 
 
 def test_padding_is_no_payload(established: Rewriter) -> None:
@@ -452,17 +493,17 @@ def test_a_checkpoint_within_the_handshake_then_the_syn_ack_again(rw: Rewriter) 
 @pytest.mark.parametrize(
     "sign",
     [
-        out(ACK | PSH, PVM_ISN + 1, CLIENT_ISN + 1, b"220 hello"),
-        out(ACK, PVM_ISN + 1, CLIENT_ISN + 10),
-        out(ACK | FIN, PVM_ISN + 1, CLIENT_ISN + 1),
+        (ACK | PSH, PVM_ISN + 1, CLIENT_ISN + 1, b"220 hello"),
+        (ACK, PVM_ISN + 1, CLIENT_ISN + 10),
+        (ACK | FIN, PVM_ISN + 1, CLIENT_ISN + 1),
     ],
 )
-def test_a_syn_ack_that_crossed_the_handshakes_ack(rw: Rewriter, sign: bytes) -> None:
+def test_a_syn_ack_that_crossed_the_handshakes_ack(rw: Rewriter, sign: tuple[Any, ...]) -> None:
     # After a checkpoint: the client's ACK passed, and then came the SYN-ACK that the SVM had sent again before it.
     rw.reset()
     assert rw.to_guest(0, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)) is None
     rw.from_guest(0, out(SYN | ACK, PVM_ISN, CLIENT_ISN + 1))
-    assert rw.from_guest(0, sign) is None
+    assert rw.from_guest(0, out(*sign)) is None
     # Acknowledges data, at the sequence number that teaches.
     assert rw.to_guest(0, to(ACK, CLIENT_ISN + 1, PVM_ISN + 10)) is None
     assert rw.rewritten_flows == 0
@@ -531,19 +572,22 @@ def test_wrong_checksums_stay_wrong(established: Rewriter) -> None:
     packet[-1] ^= 0xFF
     rewritten = established.from_guest(0, bytes(packet))
     assert rewritten is not None
-    stored = struct.unpack_from("!H", rewritten, 36)[0]
-    assert stored != headers.tcp_checksum(rewritten, 20)
+    assert finish_checksum(rewritten) != rewritten
 
 
 def test_a_checksum_left_to_the_device_can_be_finished() -> None:
     whole = out(ACK, 1, 2, b"odd")
-    buffer = bytearray(whole)
-    buffer[36:38] = b"\x12\x34"
-    headers.fill_tcp_checksum(buffer, 20)
-    assert buffer == whole
+    start = 40 if Family.v6 else 20
+    assert finish_checksum(whole[: start + 16] + b"\x12\x34" + whole[start + 18 :]) == whole
 
 
 def icmp_error(quoted: bytes, kind: int = 3) -> bytes:
+    if Family.v6:
+        body = struct.pack("!BBHI", {3: 2, 8: 128}[kind], 0, 0, 1400) + quoted
+        addresses = CLIENT6 + GUEST6
+        checksum = 0xFFFF - words_sum(addresses + struct.pack("!II", len(body), 58) + body)
+        body = body[:2] + struct.pack("!H", checksum) + body[4:]
+        return struct.pack("!IHBB", 6 << 28, len(body), 58, 64) + addresses + body
     body = struct.pack("!BBHI", kind, 4, 0, 1400) + quoted
     body = body[:2] + struct.pack("!H", 0xFFFF - words_sum(body)) + body[4:]
     return struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 1, 0, 64, 1, 0) + CLIENT + GUEST + body
@@ -551,11 +595,10 @@ def icmp_error(quoted: bytes, kind: int = 3) -> bytes:
 
 def test_icmp_errors_quote_the_svms_number(established: Rewriter) -> None:
     def error(isn: int) -> bytes:
-        quoted = bytearray(out(ACK, isn + 1, CLIENT_ISN + 1, b"x" * 1460)[:28])
-        return icmp_error(bytes(quoted))
+        return icmp_error(out(ACK, isn + 1, CLIENT_ISN + 1, b"x" * 1460)[: 48 if Family.v6 else 28])
 
     assert established.to_guest(0, error(PVM_ISN)) == error(SVM_ISN)
-    assert established.to_guest(0, error(PVM_ISN)[:55]) is None  # quotes too little
+    assert established.to_guest(0, error(PVM_ISN)[:-1]) is None  # quotes too little
     assert established.to_guest(0, icmp_error(b"ping" * 20, kind=8)) is None
-    other = out(ACK, PVM_ISN, cport=7)[:28]
+    other = out(ACK, PVM_ISN, cport=7)[: 48 if Family.v6 else 28]
     assert established.to_guest(0, icmp_error(other)) is None
