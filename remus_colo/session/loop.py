@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One thread's event loop: files to read, timers, and calls from other threads.
 
-Not asyncio: pyroute2's netlink calls run an asyncio loop of their own and may not be made inside another.
+Not asyncio: pyroute2's netlink calls run an asyncio loop of their own and may not be made inside another.  Nor ``selectors``, whose
+own work on each wake-up is as much as that of all else that a packet's wake-up does in Python.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import heapq
 import itertools
 import logging
-import selectors
+import select
 import socket
 import threading
 import time
@@ -19,6 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger(__name__)
+
+_EVENTS_PER_TURN = 16  # more wait for the next turn; the default makes room for a thousand each time
 
 
 class Timer:
@@ -41,29 +44,40 @@ class Loop:
     """
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._readers: dict[int, tuple[Any, Callable[[], None]]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
-        self._selector.register(self._wake_out, selectors.EVENT_READ, self._drain_wake)
+        self.add_reader(self._wake_out, self._drain_wake)
         self._running = False
         self.turn_s = time.monotonic()  # when the loop last came round: how others know that it is alive
 
     def close(self) -> None:
-        self._selector.close()
+        self._epoll.close()
         self._wake_in.close()
         self._wake_out.close()
 
     def add_reader(self, file: Any, call: Callable[[], None]) -> None:
-        """Call whenever ``file`` (with a ``fileno``) can be read."""
-        self._selector.register(file, selectors.EVENT_READ, call)
+        """Call whenever ``file`` (with a ``fileno``) can be read.
+
+        Files that share one ``call`` and can be read at the same time cause one call.
+        """
+        fd = file.fileno()
+        self._epoll.register(fd, select.EPOLLIN)
+        self._readers[fd] = file, call
 
     def remove_reader(self, file: Any) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(file)
+        """No error if it is not there, or closed already."""
+        for fd, (known, _) in self._readers.items():
+            if known is file:
+                del self._readers[fd]
+                with contextlib.suppress(OSError):
+                    self._epoll.unregister(fd)
+                return
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
         timer = Timer(time.monotonic() + delay_s, call)
@@ -99,8 +113,13 @@ class Loop:
             timeout_s = self._run_timers()
             if not self._running:
                 return
-            for key, _ in self._selector.select(timeout_s):
-                key.data()
+            last_call = None
+            for fd, _ in self._epoll.poll(timeout_s, _EVENTS_PER_TURN):
+                _, call = self._readers.get(fd, (None, None))
+                if call is None or call == last_call:  # removed by one that was called before, or one for both
+                    continue
+                last_call = call
+                call()
                 if not self._running:
                     return
             while self._calls and self._running:
