@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""cffi builder of ``remus_colo._native._compare``: the comparator.  Needs a C compiler and nothing of Xen."""
+"""cffi builder of ``remus_colo._native._compare``: the comparator, and what runs packets through it.
+
+Needs a C compiler and the kernel's headers (linux-libc-dev), and nothing of Xen.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,19 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ["compare.h", "rewrite.h"]  # what Python and C loops see
-FOLDERS = ["compare", "rewrite"]
+HEADERS = ("compare.h", "rewrite.h", "queue.h", "frames.h", "pump.h")  # what Python sees; each needs only those before it
+FOLDERS = ("compare", "rewrite", "path")
 SOURCES = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.c"))
 INNER_HEADERS = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.h"))
 COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
 
 
 def declarations() -> str:
-    """The declarations of the headers, without what the C preprocessor reads."""
+    """The headers' declarations; of what the C preprocessor reads, only the names of numbers."""
     text = "".join((HERE / name).read_text(encoding="utf-8") for name in HEADERS)
-    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
-    return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
+    lines = re.sub(r"/\*.*?\*/", "", text, flags=re.S).splitlines()
+    names = [match[1] for line in lines if (match := re.match(r"#define (\w+) +\S", line))]
+    return "\n".join([*(f"#define {name} ..." for name in names), *(line for line in lines if not line.startswith("#"))])
 
 
 def source_hash() -> str:
@@ -45,14 +49,14 @@ def make_builder(base: Path | None = None, extra_args: Sequence[str] = (), extra
         return str(path if base is None else path.relative_to(base))
 
     builder = FFI()
-    builder.cdef(declarations() + "\n#define COLO_NEVER ...\nextern const char *const colo_source_hash;\n")
+    builder.cdef(declarations() + "\nextern const char *const colo_source_hash;\n")
     builder.set_source(
         "remus_colo._native._compare",
         "".join(f'#include "{name}"\n' for name in HEADERS)
         + f'static const char *const colo_source_hash = "{source_hash()}";\n',
         sources=[name(path) for path in SOURCES],
         include_dirs=[str(HERE)],
-        depends=[name(path) for path in INNER_HEADERS],
+        depends=[name(path) for path in (*(HERE / header for header in HEADERS), *INNER_HEADERS)],
         extra_compile_args=[*COMPILE_ARGS, *extra_args],
         extra_link_args=list(extra_args),
         extra_objects=list(extra_objects),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ _PACKET_OUTGOING = 4
 _SO_RCVBUFFORCE = 33
 _SO_ATTACH_FILTER = 26
 _BPF_REJECT = (0x06, 0, 0, 0)  # return 0 bytes
+
+
+class LinkGone(NetworkError):
+    """The link was deleted.  A new one of the same name takes a new RawLink."""
 
 
 class Frame(NamedTuple):
@@ -48,7 +53,7 @@ class RawLink:
         :raise NetworkError: there is no such link.
         :raise HostError: no permission.
         """
-        self._ifname = ifname
+        self.ifname = ifname
         self._dropped = 0
         self._was_down = False
         try:
@@ -83,7 +88,7 @@ class RawLink:
 
         A link that is down has none; frames go on when it is up again.
 
-        :raise NetworkError: the link was deleted.  A new one of the same name takes a new RawLink.
+        :raise LinkGone: the link was deleted.
         """
         self._check_open()
         while True:
@@ -94,15 +99,24 @@ class RawLink:
                     self._check_link()
                 return None
             except OSError as exc:
-                if exc.errno != errno.ENETDOWN:
-                    raise NetworkError(f"cannot read frames of {self._ifname}: {exc.strerror}") from exc
-                self._was_down = True  # said once, for a link that went down and for one that went away
+                self.failed(exc.errno or 0)
                 continue
             self._was_down = False
             if address[2] == _PACKET_OUTGOING or len(frame) < _HEADER.size:
                 continue
             _, source_mac, ethertype = _HEADER.unpack_from(frame)
             return Frame(ethertype, frame[_HEADER.size :], source_mac)
+
+    def failed(self, error: int) -> None:
+        """Somebody who reads :meth:`fileno` got this errno.
+
+        :raise NetworkError: that was no mere going down of the link.
+        :raise LinkGone: the link was deleted.
+        """
+        if error != errno.ENETDOWN:
+            raise NetworkError(f"cannot read frames of {self.ifname}: {os.strerror(error)}")
+        self._was_down = True  # said once, for a link that went down and for one that went away
+        self._check_link()
 
     def send(self, frame: bytes) -> None:
         """Send a whole frame, from the destination address on, without checksum.
@@ -113,7 +127,7 @@ class RawLink:
         try:
             self._socket.send(frame)
         except OSError as exc:
-            raise NetworkError(f"cannot send {len(frame)} bytes on {self._ifname}: {exc.strerror}") from exc
+            raise NetworkError(f"cannot send {len(frame)} bytes on {self.ifname}: {exc.strerror}") from exc
 
     def dropped(self) -> int:
         """Frames lost so far because they were not read in time."""
@@ -141,12 +155,12 @@ class RawLink:
 
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:
-            raise StateError(f"the frames of {self._ifname} are no longer read: it was closed")
+            raise StateError(f"the frames of {self.ifname} are no longer read: it was closed")
 
     def _check_link(self) -> None:
         # The kernel unbinds the socket from a link that goes away; the name is then empty.
         if not self._socket.getsockname()[0]:
-            raise NetworkError(f"the link {self._ifname} was deleted")
+            raise LinkGone(f"the link {self.ifname} was deleted")
 
 
 def _attach_filter(sock: socket.socket, instructions: Sequence[tuple[int, int, int, int]]) -> None:

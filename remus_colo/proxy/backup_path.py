@@ -17,7 +17,7 @@ from collections.abc import Callable
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
-from remus_colo.adapters.packetqueue import PacketQueue
+from remus_colo.adapters.packetqueue import PacketQueue, open_queue
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.errors import RemusError
 from remus_colo.proxy import announce
@@ -86,8 +86,8 @@ class SvmVifPath:
         self.guest_addresses = AddressBook(mac)
         self._mac = mac
         first = FIRST_QUEUE + (vif.domid * 16 + vif.handle) % 10000 * 2
-        self._from_guest = PacketQueue(first, self._packet_from_guest, QUEUE_PACKETS)
-        self._to_guest = PacketQueue(first + 1, self._packet_to_guest, QUEUE_PACKETS)
+        self._from_guest = open_queue(first, self._packet_from_guest, QUEUE_PACKETS)
+        self._to_guest = open_queue(first + 1, self._packet_to_guest, QUEUE_PACKETS)
         for queue in (self._from_guest, self._to_guest):
             self._loop.add_reader(queue, queue.process)
         rules.rewriter(vif.ifname, first, first + 1)

@@ -29,8 +29,10 @@ from typing import Any
 
 import pytest
 
+from remus_colo.adapters.native import compiled
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
+from remus_colo.adapters.packetqueue import ENVIRONMENT, Form
 from remus_colo.errors import HostError
 
 CLONE_NEWNET = 0x40000000
@@ -187,6 +189,19 @@ def net() -> Iterator[Network]:
         yield network
     finally:
         network.down()
+
+
+@pytest.fixture(params=list(Form), ids=lambda form: form.value)
+def queue_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Form:
+    """Both forms of the packet queue, chosen as a user does."""
+    form: Form = request.param
+    if form is Form.NATIVE:
+        try:
+            compiled()
+        except HostError as exc:
+            pytest.skip(str(exc))
+    monkeypatch.setenv(ENVIRONMENT, form.value)
+    return form
 
 
 @pytest.fixture

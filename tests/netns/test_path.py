@@ -21,9 +21,11 @@ from test_queue import transfer
 
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
-from remus_colo.adapters.packetqueue import PacketQueue
+from remus_colo.adapters.packetqueue import PacketQueue, open_queue
 from remus_colo.adapters.rawlink import Frame, RawLink
 from remus_colo.errors import HostError
+
+pytestmark = pytest.mark.usefixtures("queue_form")
 
 PORT = 7011
 GUEST_MAC = "02:00:00:00:00:02"
@@ -89,7 +91,7 @@ class Path:
             noted.append(payload)
             queue.accept(packet_id)
 
-        queue = PacketQueue(number, on_packet, 4096)
+        queue = open_queue(number, on_packet, 4096)
         stack.callback(queue.close)
         return queue
 

@@ -56,8 +56,7 @@ class Bench:
         self.path.secondary_resumed()
 
     def pump(self) -> None:
-        self.path.read_primary()
-        self.path.read_secondary()
+        self.path.output.read()
 
     def wait_held(self, packets: int) -> None:
         def held() -> bool:

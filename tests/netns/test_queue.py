@@ -27,8 +27,10 @@ from conftest import (
 
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules, owners
-from remus_colo.adapters.packetqueue import ETHERTYPE_IPV4, ETHERTYPE_IPV6, PacketQueue
+from remus_colo.adapters.packetqueue import ETHERTYPE_IPV4, ETHERTYPE_IPV6, PacketQueue, open_queue
 from remus_colo.errors import NetworkError, StateError
+
+pytestmark = pytest.mark.usefixtures("queue_form")
 
 PORT = 7007
 FROM, TO = 11, 12
@@ -40,7 +42,7 @@ class Held:
     def __init__(self, number: int, max_packets: int = 1000) -> None:
         self.packets: dict[int, bytes] = {}
         self.ethertypes: set[int] = set()
-        self.queue = PacketQueue(number, self._keep, max_packets)
+        self.queue = open_queue(number, self._keep, max_packets)
 
     def _keep(self, packet_id: int, payload: bytes, ethertype: int) -> None:
         self.packets[packet_id] = payload
@@ -230,7 +232,7 @@ def readable(queue: PacketQueue) -> bool:
 
 
 def test_close_is_idempotent_and_frees_the_number(rules: QueueRules) -> None:
-    queue = PacketQueue(FROM, lambda *_: None, 10)
+    queue = open_queue(FROM, lambda *_: None, 10)
     fd = queue.fileno()
     assert fd >= 0
     queue.close()
@@ -239,14 +241,14 @@ def test_close_is_idempotent_and_frees_the_number(rules: QueueRules) -> None:
         queue.process()
     with pytest.raises(StateError, match="closed"):
         queue.fileno()
-    PacketQueue(FROM, lambda *_: None, 10).close()
+    open_queue(FROM, lambda *_: None, 10).close()
 
 
 def test_queue_number_taken(rules: QueueRules) -> None:
-    queue = PacketQueue(FROM, lambda *_: None, 10)
+    queue = open_queue(FROM, lambda *_: None, 10)
     try:
         with pytest.raises(NetworkError, match=f"queue {FROM} is taken"):
-            PacketQueue(FROM, lambda *_: None, 10)
+            open_queue(FROM, lambda *_: None, 10)
     finally:
         queue.close()
 
@@ -272,7 +274,7 @@ def test_counts_what_exceeds_the_receive_buffer(
 ) -> None:
     rules.hold_from_guest(VIF, FROM)
     seen: list[int] = []
-    queue = PacketQueue(FROM, lambda i, _p, _e: seen.append(i), 1000, receive_buffer_bytes=8192)
+    queue = open_queue(FROM, lambda i, _p, _e: seen.append(i), 1000, receive_buffer_bytes=8192)
     send(guest, CLIENT_IP, *[bytes(1000)] * 100)
     wait_until(lambda: queue.counters().dropped_buffer_full > 0, "drops")
     queue.process()
@@ -465,7 +467,7 @@ def test_bulk_tcp(net: Network, rules: QueueRules, modify: bool) -> None:
         else:
             queue.accept(packet_id)
 
-    queue = PacketQueue(FROM, on_packet, 4096)
+    queue = open_queue(FROM, on_packet, 4096)
     wire = net.sniffer("client", "c0")
     text = b"".join(b"Line %06d of what the guest has to say\n" % i for i in range(20000))
     got = transfer(net, text, queue.process)

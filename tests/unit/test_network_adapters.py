@@ -9,8 +9,9 @@ import pytest
 
 from remus_colo.adapters import kmod, nft
 from remus_colo.adapters.nft import QueueRule, QueueRules
-from remus_colo.adapters.packetqueue import ETHERTYPE_IPV4, ETHERTYPE_IPV6, PacketQueue, _ip_length
-from remus_colo.errors import HostError, NetworkError
+from remus_colo.adapters.packetqueue import ENVIRONMENT, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Form, open_queue
+from remus_colo.adapters.packetqueue_reference import _ip_length
+from remus_colo.errors import ConfigError, HostError, NetworkError
 
 
 def test_missing_module_names_it_its_purpose_and_the_way_out() -> None:
@@ -68,13 +69,23 @@ def test_queue_numbers_out_of_range(queue: int) -> None:
     with pytest.raises(ValueError, match="queue"):
         QueueRule("vif1.0", queue, from_guest=True)
     with pytest.raises(ValueError, match="queue_num"):
-        PacketQueue(queue, lambda *_: None, 1)
+        open_queue(queue, lambda *_: None, 1)
+
+
+def test_the_form_of_the_queue_is_chosen_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert Form.chosen() is Form.NATIVE
+    monkeypatch.setenv(ENVIRONMENT, "netfilterqueue")
+    assert Form.chosen() is Form.NETFILTERQUEUE
+    monkeypatch.setenv(ENVIRONMENT, "fast")
+    with pytest.raises(ConfigError, match="REMUS_COLO_QUEUE=fast is not known: set it to native or netfilterqueue"):
+        open_queue(7, lambda *_: None, 1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="as an ordinary user only")
 def test_queue_without_permission() -> None:
     with pytest.raises(HostError, match="run as root"):
-        PacketQueue(7, lambda *_: None, 1)
+        open_queue(7, lambda *_: None, 1)
 
 
 def test_rules_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
