@@ -24,7 +24,7 @@ from remus_colo.errors import HostError, NetworkError, RemusError
 
 log = logging.getLogger(__name__)
 
-TABLE_PREFIX = "remus_colo_"
+TABLE_PREFIX = physdev.MARK_PREFIX
 _COMMAND_TIMEOUT_S = 30
 _OWNER = re.compile(r"[A-Za-z0-9_]{1,40}")
 _VIF = re.compile(r"[A-Za-z0-9_.:-]{1,15}")  # what may stand between quotes in nft's language
@@ -52,7 +52,7 @@ class QueueRules:
     """The rules of one owner: a run of ``remus``, or one protected guest on the backup.
 
     ``backend`` is None before the first rule, then ``"nft"`` (all packets, in the bridge family) or ``"iptables"``
-    (IPv4 and IPv6 only, ARP passes: through br_netfilter).
+    (through br_netfilter: IPv4 and IPv6 only, with up to one VLAN tag; ARP passes).
     """
 
     def __init__(self, owner: str) -> None:

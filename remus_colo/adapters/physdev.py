@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Queue rules by way of iptables, for kernels without nft_queue: br_netfilter, physdev and NFQUEUE.
 
-br_netfilter passes a bridge's IPv4 and IPv6 packets through the hooks of those families; other packets,
-ARP among them, are not held.  Used by :mod:`remus_colo.adapters.nft` alone.
+br_netfilter passes a bridge's IPv4 and IPv6 packets, with up to one VLAN tag, through the hooks of those families; other
+packets, ARP among them, are not held.  Used by :mod:`remus_colo.adapters.nft` alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from remus_colo.adapters import kmod
 from remus_colo.errors import HostError
 
+MARK_PREFIX = "remus_colo_"
 _PURPOSE = "holding a bridge port's packets by iptables"
 _COMMAND_TIMEOUT_S = 30
 # The tools of each family, and the switch that makes br_netfilter call its hooks.
@@ -25,6 +26,8 @@ _FAMILIES = {
     "iptables": Path("/proc/sys/net/bridge/bridge-nf-call-iptables"),
     "ip6tables": Path("/proc/sys/net/bridge/bridge-nf-call-ip6tables"),
 }
+# Without it, what a guest sends with a VLAN tag would pass unseen.
+_VLAN_SWITCH = Path("/proc/sys/net/bridge/bridge-nf-filter-vlan-tagged")
 _MANGLE_TABLES = ("ip mangle", "ip6 mangle")
 
 
@@ -62,11 +65,13 @@ class PhysdevRules:
                     _run(tool, "-t", "mangle", "-D", *rule)
         while self._made_tables:
             self._remove_if_empty(self._made_tables.pop())
+        if any(self._rules(tool, any_owner=True) for tool in _FAMILIES if _find(tool)):
+            self._switched_on.clear()  # others hold packets by it now: without it their guests' output would pass
         while self._switched_on:
             self._switched_on.pop().write_text("0")
 
-    def _rules(self, tool: str) -> list[list[str]]:
-        """Chain and specification of each of our rules.  Without br_netfilter there can be none."""
+    def _rules(self, tool: str, *, any_owner: bool = False) -> list[list[str]]:
+        """Chain and specification of each of our rules, or all owners'.  Without br_netfilter there can be none."""
         rules: list[list[str]] = []
         if not _FAMILIES[tool].exists():
             return rules
@@ -74,12 +79,13 @@ class PhysdevRules:
             with contextlib.suppress(HostError):  # no mangle table, hence no rules
                 for line in _run(tool, "-t", "mangle", "-S", chain).splitlines():
                     words = shlex.split(line)
-                    if words[0] == "-A" and self._mark in words:
+                    mine = any(word.startswith(MARK_PREFIX) for word in words) if any_owner else self._mark in words
+                    if words[0] == "-A" and mine:
                         rules.append(words[1:])
         return rules
 
     def _switch_on(self) -> None:
-        for tool, switch in _FAMILIES.items():
+        for switch in (*_FAMILIES.values(), _VLAN_SWITCH):
             if not switch.exists():
                 kmod.load("br_netfilter", _PURPOSE)
             try:
@@ -87,7 +93,7 @@ class PhysdevRules:
                     switch.write_text("1")
                     self._switched_on.append(switch)
             except OSError as exc:
-                raise HostError(f"cannot make bridges call {tool} ({switch}): {exc.strerror}") from exc
+                raise HostError(f"cannot make bridges call iptables ({switch}): {exc.strerror}") from exc
 
     def _remove_if_empty(self, table: str) -> None:
         """iptables-nft leaves its table behind, empty."""

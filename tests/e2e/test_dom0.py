@@ -10,8 +10,8 @@ from remus_colo.testbed.scenario import Protection
 
 NETNS = Path(__file__).parents[1] / "netns"
 # What needs a kernel with sch_plug and nft_queue, as a host in the field has.
-MODULES = "test_plug.py test_queue.py test_path.py test_primary_path.py"
-TIMEOUT_S = 600.0
+MODULES = "test_plug.py test_queue.py test_queue_traffic.py test_output.py test_path.py test_primary_path.py"
+TIMEOUT_S = 1800.0  # emulated
 
 
 def test_network_tests_in_dom0(protection: Protection) -> None:

@@ -381,6 +381,21 @@ def test_two_owners_side_by_side(
     held.queue.close()
 
 
+def test_the_first_owner_leaves_first(net: Network, rules: QueueRules, client: socket.socket, guest: socket.socket) -> None:
+    """What it switched on in the kernel stays on while others need it."""
+    first = QueueRules("test_first")
+    first.hold_from_guest("vif8.0", TO)
+    rules.hold_from_guest(VIF, FROM)
+    held = Held(FROM)
+    first.remove()
+    send(guest, CLIENT_IP, b"x")
+    (packet,) = held.wait_for(1)
+    assert pending(client) == []
+    held.queue.accept(packet)
+    assert receive(client, 1) == [b"x"]
+    held.queue.close()
+
+
 def test_removing_rules_flushes_every_queue(
     net: Network, rules: QueueRules, client: socket.socket, guest: socket.socket
 ) -> None:
