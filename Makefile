@@ -13,7 +13,7 @@ KIND ?= primary
 XEN ?= $(if $(filter clock,$(KIND)),patched,debian)
 SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
-.PHONY: help setup demo test test-here test-e2e check-patches soak bench lint clean
+.PHONY: help setup demo test test-here test-e2e check-patches soak bench bench-compare lint clean
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock'
 	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
+	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
 	@echo 'make lint     ruff'
 	@echo 'make clean    remove what was built in this tree'
 
@@ -50,6 +51,9 @@ soak: setup
 
 bench: setup
 	@$(TEST_PYTHON) -m remus_colo.testbed.bench
+
+bench-compare: setup
+	@$(TEST_PYTHON) -m remus_colo.bench
 
 lint:
 	ruff check .
