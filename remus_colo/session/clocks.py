@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from remus_colo.adapters.xenctrl import Clock
+from remus_colo.errors import XenError
 from remus_colo.relocation.clock import ClockFilter, ClockSample, Estimate
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+
+log = logging.getLogger(__name__)
 
 Send = Callable[[MessageType, dict[str, object]], None]
 
@@ -42,10 +46,16 @@ class ClockWatch:
         """
         if message.type not in (MessageType.CLOCK_PROBE, MessageType.CLOCK_REPLY):
             return False
-        now_ns = self._clock.now_ns()
         fields = message.fields
+        try:
+            now_ns = self._clock.now_ns()
+            replied_ns = self._clock.now_ns()
+        except XenError as error:
+            # A guest that has ended has no clock; that it has is for the session to notice, and no fault of the peer's.
+            log.info("no clock to tell: %s", error)
+            return True
         if message.type is MessageType.CLOCK_PROBE:
-            answer = {"sent_ns": fields["sent_ns"], "received_ns": now_ns, "replied_ns": self._clock.now_ns()}
+            answer = {"sent_ns": fields["sent_ns"], "received_ns": now_ns, "replied_ns": replied_ns}
             self._send(MessageType.CLOCK_REPLY, answer)
             return True
         sample = ClockSample(fields["sent_ns"], fields["received_ns"], fields["replied_ns"], now_ns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from remus_colo.errors import MessageError
+from remus_colo.errors import MessageError, XenError
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.clocks import ClockWatch
@@ -76,3 +76,14 @@ def test_stamps_that_run_backwards_are_refused() -> None:
     reply = {"sent_ns": link.world.now_ns + 1, "received_ns": 5, "replied_ns": 5}
     with pytest.raises(MessageError, match="run backwards"):
         link.backup.take(message(MessageType.CLOCK_REPLY, reply))
+
+
+def test_a_guest_that_has_ended_gives_no_answer_and_does_no_harm() -> None:
+    class Gone:
+        def now_ns(self) -> int:
+            raise XenError("no such domain", operation="XEN_DOMCTL_get_system_time_offset", domid=7, errno=3)
+
+    sent: list[MessageType] = []
+    watch = ClockWatch(Gone(), lambda kind, fields: sent.append(kind))
+    assert watch.take(message(MessageType.CLOCK_PROBE, {"sent_ns": 1}))
+    assert sent == []
