@@ -12,11 +12,13 @@ import argparse
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from remus_colo.errors import HostError, RemusError
 from remus_colo.testbed import cache, machine, xen_packaging, xen_source
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 PATCHES = Path(__file__).resolve().parents[2] / "patches"
 BED_RELEASE = "debian-13"  # whose packages the test bed's dom0 is made of
 JOBS = 2
+SCRATCH = "xen-building-"
 BUILD_LIMIT_S = 3600
 SHOWN_LINES = 15
 # What Debian's own rules (debian/rules, make_args_xen) pass on, but for the mapping of path names in debug information;
@@ -67,8 +70,10 @@ def _build(source: XenSource, series: Path, target: Path) -> None:
     machine.install_for_builds()
     log.info("building Xen %s with the patches of %s (2 to 4 minutes)", source.version, series)
     began_s = time.monotonic()
+    for stale in cache.cache_dir().glob(f"{SCRATCH}*"):  # of a builder that died: the entry's lock is ours
+        cache.remove(stale)
     # The tree takes 100 MB; the cache has room where /tmp may be in memory.
-    with tempfile.TemporaryDirectory(prefix="xen-building-", dir=cache.cache_dir()) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=cache.cache_dir()) as scratch:
         tree = Path(scratch) / f"xen-{source.version}"
         source.unpack(tree)
         for name in xen_source.apply_series(tree, series):
@@ -102,6 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
     wrong = [name for name in options.releases if name not in SUITES]
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as exceptions, so that half-built trees go
+        signal.signal(number, _exit_on_signal)
     if wrong:
         parser.error(f"no such release: {', '.join(wrong)}")
     try:
@@ -120,6 +127,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"check-patches: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _exit_on_signal(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _fetch_newest(release: str) -> SourceRecord:
 
 
 def _fetch(apt: guest_debian.Release, record: SourceRecord, path: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix="xen-source-", dir=cache.cache_dir()) as scratch:
+    with tempfile.TemporaryDirectory(prefix="xen-fetching-", dir=cache.cache_dir()) as scratch:
         said = apt.fetch_source(PACKAGE, record.version, Path(scratch))
         path.mkdir()
         for name, digest in record.archives.items():
