@@ -25,12 +25,27 @@ NAME = "remus_colo._native._compare"
 BUILDER = "remus_colo._native.build_compare"
 
 
-@functools.cache
 def load() -> Any:
     """The module, with ``ffi`` and ``lib``.
 
     :raise HostError: it is not installed and cannot be built here.
     """
+    found = _found()
+    if isinstance(found, HostError):
+        raise found
+    return found
+
+
+@functools.cache
+def _found() -> Any:
+    """The module, or why there is none: what cannot be built is not tried again and again."""
+    try:
+        return _find()
+    except HostError as error:
+        return error
+
+
+def _find() -> Any:
     try:
         builder: Any = importlib.import_module(BUILDER)
         wanted = builder.source_hash() if builder.SOURCES else None

@@ -296,6 +296,7 @@ def test_icmpv6_echo_and_errors():
         (ipv4(1, b"\x0a\0\0\0\0\0\0\0"), 0),
         (udp6(b"solicit", to=b"\xff\2" + bytes(11) + b"\1\0\2"), IPV6),
         (ipv6(58, b"\x80\0\0\0\0\0\0\0", to=b"\xff\2" + bytes(13) + b"\1"), IPV6),
+        (ipv6(17, udp_body(b"renew", 547, 546)), IPV6),
         (b"\0\7\x08\x06" + bytes(28), VLAN),
         (bytes(28), 0x8035),
         (bytes(50), 0x88CC),
@@ -307,6 +308,18 @@ def test_link_chatter_passes_at_once(packet, ethertype):
     assert bench.p(packet, ethertype) == ((1,), None)
     assert bench.s(packet, ethertype) == HOLD
     assert bench.comparator.counters.flows == 0
+
+
+@pytest.mark.parametrize("ethertype", [0x8847, 0x8864, 0x88A2])
+def test_frames_that_carry_something_beyond_the_link_are_compared_whole(ethertype):
+    bench = Bench(ethertype)
+    assert bench.p(b"content") == HOLD
+    assert bench.s(b"conTent") == HOLD
+    assert bench.s(b"content", ethertype ^ 0x0100) == HOLD, "another type"
+    assert bench.s(b"content") == ((1,), None)
+    bench.p(b"content")
+    assert bench.tick(1.0) == ((), Reason.OTHER_TIMEOUT) and f"frames of type 0x{ethertype:04x}" in bench.detail
+    assert bench.comparator.counters.malformed == 0
 
 
 @pytest.mark.parametrize("to", [b"\xe0\0\1\1", b"\xef\xff\xff\xfa", b"\xff\xff\xff\xff"])

@@ -7,7 +7,7 @@ enum { TYPE_IPV4 = 0x0800, TYPE_IPV6 = 0x86dd, TYPE_8021Q = 0x8100, TYPE_8021AD 
 enum { NEXT_HOP_BY_HOP = 0, NEXT_ROUTING = 43, NEXT_FRAGMENT = 44, NEXT_NONE = 59, NEXT_DESTINATION = 60 };
 enum { NEXT_MOBILITY = 135, NEXT_HIP = 139, NEXT_SHIM6 = 140 };
 enum { ICMP_ROUTER_ADVERTISEMENT = 9, ICMP_ROUTER_SOLICITATION = 10 };
-enum { DHCP_SERVER = 67, DHCP_CLIENT = 68 };
+enum { DHCP_SERVER = 67, DHCP_CLIENT = 68, DHCPV6_CLIENT = 546, DHCPV6_SERVER = 547 };
 
 #define EXTENSIONS_MAX 16 /* no packet of use has as many; bounds the walk */
 
@@ -39,6 +39,25 @@ static void as_malformed(struct packet *p, struct view whole)
     p->payload = whole.data;
     p->size = whole.size;
     p->lacks = whole.lacks;
+}
+
+/* What frames of these types carry is for somebody beyond the link: IP in a tunnel, or storage (IEEE's EtherType list). */
+static bool carries_content(uint16_t ethertype)
+{
+    switch (ethertype) {
+    case 0x8847: /* MPLS */
+    case 0x8848:
+    case 0x8864: /* PPPoE session */
+    case 0x88a2: /* ATA over Ethernet */
+    case 0x88e5: /* MACsec */
+    case 0x88e7: /* provider backbone bridges */
+    case 0x8906: /* Fibre Channel over Ethernet */
+    case 0x8915: /* RDMA over Converged Ethernet */
+    case 0x894f: /* network service header */
+        return true;
+    default:
+        return false;
+    }
 }
 
 static void as_content(struct packet *p, enum kind kind, struct view content)
@@ -304,6 +323,9 @@ static bool passes_ipv6(const uint8_t *header, uint8_t upper, struct view body)
 {
     if (header[24] == 0xff && header[25] == 0x02) /* RFC 4291, 2.7: assigned by IANA, link-local scope */
         return true;
+    if (upper == PROTO_UDP && body.size >= 4 && get16(body.data) == DHCPV6_CLIENT &&
+        get16(body.data + 2) == DHCPV6_SERVER) /* as in passes_ipv4() */
+        return true;
     /* Multicast listener discovery (RFC 3810, 2710) and neighbour discovery (RFC 4861). */
     if (upper == PROTO_ICMPV6 && body.size)
         return (body.data[0] >= 130 && body.data[0] <= 137) || body.data[0] == 143;
@@ -395,12 +417,18 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
         ethertype = get16(untagged.data + 2);
         untagged = behind(untagged, 4);
     }
-    if (ethertype == TYPE_IPV4)
+    if (ethertype == TYPE_IPV4) {
         verdict = parse_ipv4(p, untagged);
-    else if (ethertype == TYPE_IPV6)
+    } else if (ethertype == TYPE_IPV6) {
         verdict = parse_ipv6(p, untagged);
-    else
+    } else if (carries_content(ethertype)) {
+        as_content(p, KIND_OTHER, untagged);
+        p->key.protocol = FRAMES;
+        p->key.sport = ethertype;
+        verdict = PACKET_COMPARED;
+    } else {
         return PACKET_PASSES;
+    }
     p->key.vlan = vlan;
     return verdict;
 }

@@ -13,7 +13,10 @@ void words_flow(const struct flow_key *key, char *out, size_t size)
     bool brackets = key->family == 6;
 
     if (!key->family) {
-        snprintf(out, size, "malformed packets");
+        if (key->protocol == FRAMES)
+            snprintf(out, size, "frames of type 0x%04x", key->sport);
+        else
+            snprintf(out, size, "malformed packets");
         return;
     }
     inet_ntop(family, key->source, source, sizeof(source));
