@@ -81,7 +81,9 @@ class Peer:
         self._lost = False
         self._lock = threading.Lock()
         self._ask_clock = ask_clock
-        self.clocks = clock and ClockWatch(clock, lambda kind, fields: control.send_control(kind, 0, fields))
+        self.clocks = (
+            None if clock is None else ClockWatch(clock, lambda kind, fields: control.send_control(kind, 0, fields))
+        )
         self._seen = 0  # the last sequence number of the peer's heartbeats
         self.quiet_state: Callable[[str], bool] = lambda state: False
 
