@@ -45,6 +45,18 @@ HIDDEN void __sanitizer_cov_trace_switch(uint64_t value, void *cases)
     switch_on(value, cases);
 }
 
+/* GCC's own, which libFuzzer does not know. */
+HIDDEN void __sanitizer_cov_trace_cmpf(float a, float b)
+{
+    (void)a;
+    (void)b;
+}
+HIDDEN void __sanitizer_cov_trace_cmpd(double a, double b)
+{
+    (void)a;
+    (void)b;
+}
+
 static void *find(void *library, const char *name)
 {
     void *found = dlsym(library, name);

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a fuzzer's bytes make the comparator do: packets of every kind, whole, cut and broken, and checkpoints at any point.
+The rewriter gets its share of them, too.
 
-Raises AssertionError if the comparator breaks a promise; memory errors are the sanitizers' to find.
+Raises AssertionError if one breaks a promise; memory errors are the sanitizers' to find.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import struct
 
 from remus_colo.proxy.comparator import Comparator, CompareConfig, Decision
+from remus_colo.proxy.rewriter import Rewriter
 
 ETHERTYPES = (0x0800, 0x0800, 0x0800, 0x86DD, 0x86DD, 0x8100, 0x88A8, 0x0806)
 SMALL = CompareConfig(held_bytes=2000, held_packets=12, flows=4, secondary_bytes=3000, idle_flow_s=2.0)
@@ -142,9 +144,44 @@ class Run:
         return last
 
 
+def turned(packet: bytes) -> bytes:
+    """The packet as if the client had sent it: addresses and ports change places."""
+    if len(packet) >= 40 and packet[0] == 0x45:
+        return packet[:12] + packet[16:20] + packet[12:16] + packet[22:24] + packet[20:22] + packet[24:]
+    if len(packet) >= 60 and packet[0] >> 4 == 6:
+        return packet[:8] + packet[24:40] + packet[8:24] + packet[42:44] + packet[40:42] + packet[44:]
+    return packet
+
+
+def run_rewriter(source: Bytes) -> None:
+    rewriter = Rewriter(limit_flows=1 + source.byte() % 8)
+    now_s, last = 0.0, b""
+    for _ in range(STEPS_MAX):
+        if not source:
+            break
+        action = source.byte()
+        now_s += (0.0, 0.5, 4.0, 100.0)[action & 3]
+        last, _ = packet(source, last)
+        result = rewriter.from_guest(now_s, last) if action < 120 else rewriter.to_guest(now_s, turned(last))
+        assert result is None or len(result) in (0, len(last))
+        for held in rewriter.take_held():
+            assert len(held) >= 40
+        if action >= 250:
+            rewriter.reset()
+        elif action >= 240:
+            rewriter.expire(now_s)
+        elif action == 239:
+            rewriter.stop_learning()
+        assert rewriter.rewritten_flows <= rewriter.flows <= 8
+
+
 def run(data: bytes) -> None:
     source = Bytes(data)
-    steps = Run(SMALL if source.byte() & 1 else LARGE)
+    kind = source.byte()
+    if kind % 4 == 3:
+        run_rewriter(source)
+        return
+    steps = Run(SMALL if kind & 1 else LARGE)
     now_s, last = 0.0, b""
     for _ in range(STEPS_MAX):
         if not source:
