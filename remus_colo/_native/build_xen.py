@@ -14,7 +14,6 @@ HERE = Path(__file__).resolve().parent
 LIBRARIES = ["xenctrl", "xenguest", "xenforeignmemory", "xendevicemodel", "xencall", "xentoollog"]
 HEADERS = ("core.h", "save.h", "zeros.h")
 CALLBACKS = """
-extern "Python" int rc_suspend_callback(void *);
 extern "Python" int rc_save_round(void *, uint32_t, int64_t);
 extern "Python" int rc_save_suspend(void *);
 extern "Python" int rc_save_resume(void *);

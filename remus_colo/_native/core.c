@@ -610,32 +610,3 @@ int rc_system_time_set(uint32_t domid, int64_t offset_ns)
 
     return system_time_domctl(RC_DOMCTL_SET_SYSTEM_TIME_OFFSET, domid, &arg);
 }
-
-static int no_device_model(uint32_t domid, unsigned int enable, void *data)
-{
-    (void)domid;
-    (void)enable;
-    (void)data;
-    return 0;
-}
-
-/* Write the libxc migration stream of @domid to @fd; @suspend is called when the guest must stop, and
- * returns 1 once it has. */
-int rc_save(uint32_t domid, int fd, int live, int (*suspend)(void *), void *data)
-{
-    struct save_callbacks callbacks;
-    xc_interface *xch = xc_interface_open(NULL, NULL, 0);
-    int rc, saved;
-
-    if (!xch)
-        return -1;
-    memset(&callbacks, 0, sizeof callbacks);
-    callbacks.suspend = suspend;
-    callbacks.switch_qemu_logdirty = no_device_model;
-    callbacks.data = data;
-    rc = xc_domain_save(xch, fd, domid, live ? XCFLAGS_LIVE : 0, &callbacks, XC_STREAM_PLAIN, -1);
-    saved = errno;
-    xc_interface_close(xch);
-    errno = saved;
-    return rc;
-}

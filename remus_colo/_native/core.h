@@ -78,7 +78,4 @@ int rc_runstate(uint32_t vcpu, uint64_t *entry_ns, uint64_t *sum_ns);
 int rc_system_time_get(uint32_t domid, int64_t *offset_ns, uint64_t *now_ns);
 int rc_system_time_set(uint32_t domid, int64_t offset_ns);
 
-/* -- the guest's birth on the backup: libxenguest's stream, suspend is called once at its end -- */
-int rc_save(uint32_t domid, int fd, int live, int (*suspend)(void *), void *data);
-
 #endif

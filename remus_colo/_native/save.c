@@ -71,8 +71,8 @@ static void first_sentence(const char *said, char *message, size_t size)
     snprintf(message, size, "%.*s", (int)(length < size ? length : size), start);
 }
 
-int rc_save_checkpoints(uint32_t domid, int fd, const struct rc_save_hooks *hooks, void *data,
-                        char *message, size_t message_size)
+int rc_save_stream(uint32_t domid, int fd, int mode, const struct rc_save_hooks *hooks, void *data,
+                   char *message, size_t message_size)
 {
     struct save s = { hooks, data };
     struct save_callbacks callbacks;
@@ -99,7 +99,8 @@ int rc_save_checkpoints(uint32_t domid, int fd, const struct rc_save_hooks *hook
         callbacks.checkpoint = on_checkpoint;
         callbacks.switch_qemu_logdirty = on_log_dirty;
         callbacks.data = &s;
-        rc = xc_domain_save(xch, fd, domid, XCFLAGS_LIVE, &callbacks, XC_STREAM_REMUS, -1);
+        rc = xc_domain_save(xch, fd, domid, mode == RC_SAVE_ONCE ? 0 : XCFLAGS_LIVE, &callbacks,
+                            mode == RC_SAVE_CHECKPOINTS ? XC_STREAM_REMUS : XC_STREAM_PLAIN, -1);
     }
     saved = errno;
     if (xch)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later */
 /*
- * libxenguest's checkpointed save: xc_domain_save with XC_STREAM_REMUS (xenguest.h), its callbacks as
- * functions of one argument that Python can offer.
+ * libxenguest's save (xc_domain_save of xenguest.h), its callbacks as functions of one argument that Python
+ * can offer.
  */
 #ifndef REMUS_COLO_SAVE_H
 #define REMUS_COLO_SAVE_H
@@ -19,8 +19,13 @@ struct rc_save_hooks {
     int (*log_dirty)(void *data, int enable); /* the device model's writes, of an HVM guest; 0 if done */
 };
 
-/* Returns 0 when a hook ended it, or -1 with errno set and a sentence in @message. */
-int rc_save_checkpoints(uint32_t domid, int fd, const struct rc_save_hooks *hooks, void *data,
-                        char *message, size_t message_size);
+/* Which hooks are called, and which stream that makes. */
+#define RC_SAVE_ONCE 0        /* all memory, with the guest suspended: suspend */
+#define RC_SAVE_LIVE 1        /* memory while the guest runs, then what has changed: round, suspend */
+#define RC_SAVE_CHECKPOINTS 2 /* as that, and then checkpoints (XC_STREAM_REMUS) until a hook ends it: all */
+
+/* Returns 0, or -1 with errno set and a sentence in @message. */
+int rc_save_stream(uint32_t domid, int fd, int mode, const struct rc_save_hooks *hooks, void *data,
+                   char *message, size_t message_size);
 
 #endif

@@ -106,3 +106,14 @@ int rc_zeros_unpack(const uint8_t *in, size_t in_size, uint8_t *out, size_t size
     }
     return made == size ? 0 : -1;
 }
+
+uint64_t rc_pages_differ(const uint8_t *one, const uint8_t *other, size_t count, size_t page_size, uint8_t *differ)
+{
+    uint64_t found = 0;
+
+    for (size_t i = 0; i < count; i++) {
+        differ[i] = memcmp(one + i * page_size, other + i * page_size, page_size) != 0;
+        found += differ[i];
+    }
+    return found;
+}

@@ -23,4 +23,7 @@ int64_t rc_zeros_pack(const uint8_t *in, size_t size, uint8_t *out, size_t room)
 /* The way back. Returns 0, or -1 if @in is malformed or does not make exactly @size bytes. */
 int rc_zeros_unpack(const uint8_t *in, size_t in_size, uint8_t *out, size_t size);
 
+/* For each of @count pages whether they differ, 1 or 0. Returns how many do. */
+uint64_t rc_pages_differ(const uint8_t *one, const uint8_t *other, size_t count, size_t page_size, uint8_t *differ);
+
 #endif

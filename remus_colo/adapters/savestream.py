@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libxenguest's checkpointed save (``XC_STREAM_REMUS`` of xenguest.h), its callbacks as methods of an object."""
+"""libxenguest's save (``xc_domain_save`` of xenguest.h), once or checkpointed, its callbacks as methods of an object."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, Protocol
 
 from remus_colo.adapters.xenctrl import _native
@@ -48,6 +49,47 @@ def save_checkpoints(domid: int, fd: int, hooks: SaveHooks) -> None:
         record (docs/specs/libxc-migration-stream.pandoc of Xen).
     :raise XenError: libxenguest failed. Whether the guest is suspended then is the caller's to find out.
     """
+    _save(domid, fd, hooks, _Mode.CHECKPOINTS)
+
+
+def save_once(domid: int, fd: int, suspend: Callable[[], None], *, live: bool) -> None:
+    """Write a domain to ``fd``, as for ``xl save``; it stays suspended at the end.
+
+    :param suspend: called once: returns when the guest has suspended itself.
+    :param live: copy it while it runs first, so that it stands still for less.
+    :raise XenError: libxenguest failed; what ``suspend`` raised is raised as it is.
+    """
+    _save(domid, fd, _Once(suspend), _Mode.LIVE if live else _Mode.ONCE)
+
+
+class _Mode(IntEnum):
+    """RC_SAVE_* of save.h"""
+
+    ONCE = 0
+    LIVE = 1
+    CHECKPOINTS = 2
+
+
+class _Once:
+    """Nothing is asked but to suspend the guest."""
+
+    def __init__(self, suspend: Callable[[], None]) -> None:
+        self.suspend = suspend
+
+    def round(self, number: int, dirty_pages: int) -> bool:
+        return True
+
+    def resume(self) -> None:
+        pass
+
+    def checkpoint(self) -> bool:
+        return False
+
+    def log_dirty(self, enable: bool) -> None:
+        pass
+
+
+def _save(domid: int, fd: int, hooks: SaveHooks, mode: _Mode) -> None:
     lib, ffi = _native()
     _register(lib, ffi)
     calls = _Calls(hooks)
@@ -59,7 +101,7 @@ def save_checkpoints(domid: int, fd: int, hooks: SaveHooks) -> None:
     table.checkpoint = lib.rc_save_checkpoint
     table.log_dirty = lib.rc_save_log_dirty
     message = ffi.new("char[]", MESSAGE_BYTES)
-    rc = lib.rc_save_checkpoints(domid, fd, table, handle, message, MESSAGE_BYTES)
+    rc = lib.rc_save_stream(domid, fd, int(mode), table, handle, message, MESSAGE_BYTES)
     if calls.error is not None:
         raise calls.error
     if rc:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import enum
 import errno
 import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -415,51 +413,6 @@ class Guest:
             "xc_domain_hvm_setcontext",
             "could not load the vCPU state",
         )
-
-
-_save_lock = threading.Lock()
-_save_suspend: Callable[[], None] | None = None
-_save_error: BaseException | None = None
-
-
-def save_stream(domid: int, fd: int, suspend: Callable[[], None], *, live: bool = True) -> None:
-    """Write libxenguest's migration stream of a domain to ``fd``; the guest stays suspended at the end.
-
-    :param suspend: called once, after the live rounds: returns when the guest has suspended itself.
-    :raise XenError: if libxenguest fails; what ``suspend`` raised is raised as it is.
-    """
-    global _save_suspend, _save_error
-    lib, ffi = _native()
-    _register_callback(lib, ffi)
-    with _save_lock:
-        _save_suspend, _save_error = suspend, None
-        try:
-            rc = lib.rc_save(domid, fd, int(live), lib.rc_suspend_callback, ffi.NULL)
-            failure = _fail(ffi, "xc_domain_save", domid, "could not copy the guest") if rc else None
-            if _save_error is not None:
-                raise _save_error
-            if failure is not None:
-                raise failure
-        finally:
-            _save_suspend = None
-
-
-def _register_callback(lib: Any, ffi: Any) -> None:
-    if getattr(_register_callback, "done", False):
-        return
-
-    @ffi.def_extern(name="rc_suspend_callback")
-    def on_suspend(_data: Any) -> int:
-        global _save_error
-        try:
-            assert _save_suspend is not None
-            _save_suspend()
-        except BaseException as error:  # it must cross C: save_stream raises it again
-            _save_error = error
-            return 0
-        return 1
-
-    _register_callback.done = True  # type: ignore[attr-defined]
 
 
 def bitmap_or(into: bytearray, other: bytes | bytearray) -> int:

@@ -80,6 +80,22 @@ class Store:
         with self._errors("write", path):
             self.client.write(path.encode(), value.encode())
 
+    def replace(self, path: str, old: str, new: str) -> bool:
+        """Write ``new`` if the node has ``old``, as one step. Whether it had.
+
+        In a connection of its own: a transaction takes all that goes through its connection.
+        """
+        with Store() as store:
+            while True:
+                with self._errors("transaction", path):
+                    store.client.transaction()
+                    if store.read(path) != old:
+                        store.client.rollback()
+                        return False
+                    store.write(path, new)
+                    if store.client.commit():
+                        return True
+
     def remove(self, path: str) -> None:
         """Remove the node and what is below it; nothing happens if there is none."""
         try:
@@ -120,7 +136,7 @@ class Store:
 
     def wait(
         self,
-        paths: list[str],
+        paths: Sequence[str],
         condition: Callable[[], bool],
         *,
         timeout_s: float,

@@ -120,3 +120,22 @@ def unpack_reference(packed: bytes | memoryview, size: int) -> bytearray:
     if len(out) != size:
         raise FramingError(f"{len(packed)} packed bytes make {len(out)}, not {size}")
     return out
+
+
+def differing(one: memoryview, other: memoryview, page_size: int) -> list[int]:
+    """The indices of the pages that are not the same in both; two runs of pages of one length."""
+    count = len(one) // page_size
+    if NATIVE is None:
+        starts = range(0, count * page_size, page_size)
+        return [at // page_size for at in starts if one[at : at + page_size] != other[at : at + page_size]]
+    lib, ffi = NATIVE
+    differ = bytearray(count)
+    if not lib.rc_pages_differ(
+        ffi.from_buffer("uint8_t[]", one),
+        ffi.from_buffer("uint8_t[]", other),
+        count,
+        page_size,
+        ffi.from_buffer("uint8_t[]", differ),
+    ):
+        return []
+    return [index for index, differs in enumerate(differ) if differs]

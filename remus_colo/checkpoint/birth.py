@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from remus_colo.adapters import toolstack, xenctrl
+from remus_colo.adapters import savestream, toolstack
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import libxlformat
 from remus_colo.errors import XenError
@@ -46,10 +46,18 @@ def secondary_config(config: dict[str, Any], bridge: Callable[[int], str], *, sa
     return secondary
 
 
-def send_guest(domid: int, config: dict[str, Any], suspend: Callable[[], None], write: Callable[[bytes], None]) -> None:
+def send_guest(
+    domid: int,
+    config: dict[str, Any],
+    suspend: Callable[[], None],
+    write: Callable[[bytes], None],
+    *,
+    live: bool = True,
+) -> None:
     """Send the whole save stream of a domain through ``write``; the guest ends suspended.
 
     :param suspend: suspends the guest; called once, towards the end.
+    :param live: let it run while it is copied.
     :raise XenError: if libxenguest fails; what ``write`` or ``suspend`` raised is raised as it is.
     """
     read_fd, write_fd = os.pipe()
@@ -57,7 +65,7 @@ def send_guest(domid: int, config: dict[str, Any], suspend: Callable[[], None], 
 
     def save() -> None:
         try:
-            xenctrl.save_stream(domid, write_fd, suspend)
+            savestream.save_once(domid, write_fd, suspend, live=live)
         except BaseException as error:  # handed over to the caller's thread
             failures.append(error)
         finally:

@@ -25,14 +25,23 @@ END_RECORD = RECORD.pack(END, 0)
 
 
 class PageAt(NamedTuple):
-    pfn: int
+    entry: int  # its number, and its type in bits 60 to 63
     offset: int  # of its 4096 bytes in the buffer
+
+    @property
+    def pfn(self) -> int:
+        return self.entry & PFN_MASK
 
 
 class Record(NamedTuple):
     kind: int
     offset: int  # of its body in the buffer
     length: int  # of the body, without padding
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.offset + (self.length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
 
 
 def records(stream: memoryview | bytes | bytearray) -> Iterator[Record]:
@@ -53,8 +62,8 @@ def records(stream: memoryview | bytes | bytearray) -> Iterator[Record]:
         yield Record(kind, body, length)
 
 
-def pages(stream: memoryview | bytes | bytearray, record: Record) -> Iterator[PageAt]:
-    """Where the pages of a PAGE_DATA record lie.
+def entries(stream: memoryview | bytes | bytearray, record: Record) -> memoryview:
+    """The numbers and types of a PAGE_DATA record's pages, 8 bytes each.
 
     :raise FramingError: it is not laid out as one.
     """
@@ -62,16 +71,45 @@ def pages(stream: memoryview | bytes | bytearray, record: Record) -> Iterator[Pa
     if record.length < PAGE_DATA_PREFIX.size:
         raise FramingError("a PAGE_DATA record without a count")
     count, _ = PAGE_DATA_PREFIX.unpack_from(view, record.offset)
-    offset = record.offset + PAGE_DATA_PREFIX.size + 8 * count
-    end = record.offset + record.length
-    if offset > end:
+    start = record.offset + PAGE_DATA_PREFIX.size
+    if start + 8 * count > record.offset + record.length:
         raise FramingError(f"a PAGE_DATA record of {record.length} bytes has no room for {count} pages' numbers")
-    for (entry,) in struct.iter_unpack("<Q", view[offset - 8 * count : offset]):
+    return view[start : start + 8 * count]
+
+
+def contents(stream: memoryview | bytes | bytearray, record: Record) -> memoryview:
+    """The contents of a PAGE_DATA record's pages, one after the other."""
+    start = record.offset + PAGE_DATA_PREFIX.size + len(entries(stream, record))
+    return memoryview(stream)[start : record.offset + record.length]
+
+
+def all_pages(
+    stream: memoryview | bytes | bytearray, record: Record
+) -> Iterator[tuple[int, int | None]]:
+    """Entry of each page of a PAGE_DATA record, and where its content lies, None for those without.
+
+    :raise FramingError: it is not laid out as one.
+    """
+    numbers = entries(stream, record)
+    offset = record.offset + PAGE_DATA_PREFIX.size + len(numbers)
+    end = record.offset + record.length
+    for (entry,) in struct.iter_unpack("<Q", numbers):
         if entry >> TYPE_SHIFT in NO_CONTENT:
+            yield entry, None
             continue
         if offset + PAGE_SIZE > end:
             raise FramingError(f"a PAGE_DATA record of {record.length} bytes lacks pages")
-        yield PageAt(entry & PFN_MASK, offset)
+        yield entry, offset
         offset += PAGE_SIZE
     if offset != end:
         raise FramingError(f"a PAGE_DATA record has {end - offset} bytes too many")
+
+
+def pages(stream: memoryview | bytes | bytearray, record: Record) -> Iterator[PageAt]:
+    """The pages of a PAGE_DATA record that have content.
+
+    :raise FramingError: it is not laid out as one.
+    """
+    for entry, offset in all_pages(stream, record):
+        if offset is not None:
+            yield PageAt(entry, offset)

@@ -5,7 +5,8 @@ One round, in libxenguest's order:
 
 ==  ==================================================================================================
 1   The guest suspends itself; ``suspended`` of the caller's: cut output and disks.
-2   libxenguest writes the pages that changed, and the CPU state, into memory (``staging.py``).
+2   libxenguest writes the pages that changed, and the CPU state, into memory (``staging.py``); without a
+    dirty log all pages (``fullcopy.py``).
 3   ``resuming`` of the caller's; the guest is resumed.  It was stopped from 1 to here.
 4   ``deliver``: the copy goes where it is to go, while the guest runs.
 5   ``committed`` of the caller's: release output; wait for the interval to pass; say whether to go on.
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from remus_colo.adapters import savestream
+from remus_colo.checkpoint import fullcopy
 from remus_colo.checkpoint.staging import Staging
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.errors import XenError
@@ -87,6 +89,7 @@ class RoundTimes:
 class PeriodicCheckpoints:
     """Checkpoints of one domain until it is told to end, or something fails; the guest runs afterwards.
 
+    :param dirty_log: whether Xen tells what this guest has written; see ``fullcopy.py``.
     :param timer_s: suspend the guest at this interval by a clock, whatever the copy before has come to
         (``remus --timer``); 0: when ``committed`` returns.
     """
@@ -99,12 +102,14 @@ class PeriodicCheckpoints:
         *,
         timer_s: float = 0.0,
         device_model: DeviceModel | None = None,
+        dirty_log: bool = True,
         on_round: Callable[[RoundTimes], None] | None = None,
     ) -> None:
         self._suspender = suspender
         self._destination = destination
         self._callbacks = callbacks
         self._device_model = device_model
+        self._dirty_log = dirty_log
         self._on_round = on_round
         self._alarm = Alarm(timer_s, self._stop_guest) if timer_s else None
         self._staging: Staging | None = None
@@ -118,8 +123,9 @@ class PeriodicCheckpoints:
         domid = self._suspender.guest.domid
         staging = self._staging = Staging(self._destination.live)
         try:
-            savestream.save_checkpoints(domid, staging.fd, self)
-        except XenError as error:
+            save = savestream.save_checkpoints if self._dirty_log else fullcopy.save_checkpoints
+            save(domid, staging.fd, self)
+        except (XenError, OSError) as error:
             if staging.failure is not None:
                 raise staging.failure from error
             raise
@@ -127,7 +133,8 @@ class PeriodicCheckpoints:
             if self._alarm is not None:
                 self._alarm.cancel()
             try:
-                # libxenguest may have failed between suspend and resume.
+                # It may have ended while the guest was about to suspend, or between suspend and resume.
+                self._suspender.call_off()
                 if self._suspender.suspended:
                     self._resume_guest()
             except XenError as error:

@@ -12,6 +12,7 @@ from remus_colo.adapters.xenstore import Store, Watch
 from remus_colo.errors import DomainError
 
 SUSPEND_TIMEOUT_S = 60.0  # a guest that has not suspended by then never will; emulated hosts need seconds
+SUSPEND = "suspend"  # of control/shutdown (docs/misc/xenstore-paths.pandoc of Xen)
 HVM_PARAM_ACPI_S_STATE = 14  # public/hvm/params.h
 
 
@@ -26,6 +27,7 @@ class Suspender:
         self.guest = guest
         self.store = store
         self._device_model = device_model
+        self._asked = False  # the guest may suspend at any moment, and nobody waits for it
         self._stack = contextlib.ExitStack()
         # Kept, as setting a watch up costs as much as the suspend itself.
         self._released: Watch = self._stack.enter_context(store.watch(["@releaseDomain"]))
@@ -45,21 +47,40 @@ class Suspender:
 
         :raise DomainError: if it does not, or shuts down instead; the request is withdrawn.
         """
-        if self._must_be_forced():
+        forced = self._must_be_forced()
+        self._asked = not forced
+        if forced:
             self.guest.shutdown(ShutdownReason.SUSPEND)
         else:
-            self.store.write(self._node, "suspend")
-        if self._released.wait(lambda: self.guest.info().shutdown, timeout_s=timeout_s):
-            moment_s = time.monotonic()
-            reason = self.guest.info().shutdown_reason
-            if reason == ShutdownReason.SUSPEND:
-                return moment_s
+            self.store.write(self._node, SUSPEND)
+        if not self._await_shutdown(timeout_s):
+            self.call_off()
+            raise DomainError(
+                f"the guest did not suspend within {timeout_s:g} s: its kernel must support Xen suspend "
+                "(CONFIG_HIBERNATE_CALLBACKS), as live migration does"
+            )
+        moment_s = time.monotonic()
+        self._asked = False
+        reason = self.guest.info().shutdown_reason
+        if reason != ShutdownReason.SUSPEND:
             raise DomainError(f"the guest shut down (reason {reason}) while it was asked to suspend")
-        self.store.write(self._node, "")
-        raise DomainError(
-            f"the guest did not suspend within {timeout_s:g} s: its kernel must support Xen suspend "
-            "(CONFIG_HIBERNATE_CALLBACKS), as live migration does"
-        )
+        return moment_s
+
+    def call_off(self) -> None:
+        """After a suspend that was not waited for to its end: the guest is not to suspend, or else to go on.
+
+        A guest empties the node of the request when it takes it (drivers/xen/manage.c of Linux), and suspends then.
+        """
+        if not self._asked:
+            return
+        self._asked = False
+        if self.store.replace(self._node, SUSPEND, ""):
+            return
+        if self._await_shutdown(SUSPEND_TIMEOUT_S) and self.suspended:
+            self.resume()
+
+    def _await_shutdown(self, timeout_s: float) -> bool:
+        return self._released.wait(lambda: self.guest.info().shutdown, timeout_s=timeout_s)
 
     def _must_be_forced(self) -> bool:
         """As libxl: a guest without drivers for Xen, or in an ACPI sleep state, does not listen."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remus_colo.adapters import zeros
+from remus_colo.checkpoint import fullcopy
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.checkpoint.delta import DeltaDecoder, DeltaEncoder
 from remus_colo.errors import FramingError
@@ -101,3 +103,53 @@ def test_records_never_run_past_their_stream(stream: bytes) -> None:
                     assert page.offset + libxc.PAGE_SIZE <= entry.offset + entry.length
     except FramingError:
         pass
+
+
+def image(contents: list[int], types: list[int], state: bytes) -> bytes:
+    """A whole copy of a guest with a page of each content, in records of two pages."""
+    stream = [bytes(fullcopy.HEADERS_BYTES), record(0x10, b"static")]
+    pages = list(enumerate(zip(contents, types, strict=True)))
+    for start in range(0, len(pages), 2):
+        some = pages[start : start + 2]
+        entries = b"".join((pfn | kind << libxc.TYPE_SHIFT).to_bytes(8, "little") for pfn, (_, kind) in some)
+        bodies = b"".join(bytes([content]) * libxc.PAGE_SIZE for _, (content, kind) in some if kind != 0xF)
+        stream.append(record(libxc.PAGE_DATA, libxc.PAGE_DATA_PREFIX.pack(len(some), 0) + entries + bodies))
+    return b"".join([*stream, record(4, state), record(libxc.END, b"")])
+
+
+def replay(streams: list[bytes]) -> tuple[dict[int, tuple[int, bytes]], list[bytes]]:
+    """What a receiver has at the end: page by number, and the state records of the last checkpoint."""
+    pages: dict[int, tuple[int, bytes]] = {}
+    state: list[bytes] = []
+    for number, stream in enumerate(streams):
+        body = stream[fullcopy.HEADERS_BYTES :] if number == 0 else stream
+        state = []
+        for entry in libxc.records(body):
+            if entry.kind == libxc.PAGE_DATA:
+                for which, offset in libxc.all_pages(body, entry):
+                    content = b"" if offset is None else body[offset : offset + libxc.PAGE_SIZE]
+                    pages[which & libxc.PFN_MASK] = which >> libxc.TYPE_SHIFT, content
+            elif entry.kind == 4:
+                state.append(body[entry.offset : entry.offset + entry.length])
+        assert body.endswith(fullcopy.CHECKPOINT_RECORD)
+    return pages, state
+
+
+GUESTS = st.lists(
+    st.tuples(st.lists(st.integers(0, 3), min_size=7, max_size=7), st.lists(st.sampled_from([0, 1, 0xF]), min_size=7, max_size=7)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(GUESTS)
+def test_differences_of_whole_copies_make_the_last_copy(guests: list[tuple[list[int], list[int]]]) -> None:
+    images = [image(contents, types, bytes([number])) for number, (contents, types) in enumerate(guests)]
+    streams = [b"".join(fullcopy.whole(memoryview(images[0])))]
+    for before, now in itertools.pairwise(images):
+        streams.append(b"".join(fullcopy.difference(memoryview(now), memoryview(before))))
+    pages, state = replay(streams)
+    contents, types = guests[-1]
+    assert state == [bytes([len(guests) - 1])]
+    for pfn, (content, kind) in enumerate(zip(contents, types, strict=True)):
+        assert pages[pfn] == (kind, b"" if kind == 0xF else bytes([content]) * libxc.PAGE_SIZE)

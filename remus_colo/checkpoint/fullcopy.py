@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Checkpoints of a guest of which Xen does not tell what it has written: all of its memory each time.
+
+That is so for PV guests on a Xen without shadow page tables, as Debian 13's is: it has no dirty log for them, and no live
+migration either.  The guest is copied whole while it is suspended, by libxenguest's ordinary save, and compared with the copy
+before when it runs again.  What differs goes into a stream as libxenguest's checkpointed save would have
+written it.  The guest stands still for as long as all its memory takes to copy.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+
+from remus_colo.adapters import savestream, zeros
+from remus_colo.adapters.savestream import SaveHooks
+from remus_colo.checkpoint import libxcrecords as libxc
+from remus_colo.checkpoint.libxcrecords import PAGE_SIZE, Record
+from remus_colo.errors import FramingError
+
+HEADERS_BYTES = 24 + 16  # image header and domain header, before the first record
+PAGES_PER_RECORD = 1024  # as libxenguest's MAX_BATCH_SIZE
+CHECKPOINT_RECORD = libxc.RECORD.pack(libxc.CHECKPOINT, 0)
+
+
+def save_checkpoints(domid: int, fd: int, hooks: SaveHooks) -> None:
+    """As :func:`remus_colo.adapters.savestream.save_checkpoints`, without a dirty log.
+
+    :raise XenError: libxenguest failed.
+    """
+    images = [Image(), Image()]
+    try:
+        number = 0
+        while True:
+            now, before = images[number % 2], images[(number + 1) % 2]
+            hooks.suspend()
+            now.take(domid)
+            hooks.resume()
+            pieces = whole(now.view()) if number == 0 else difference(now.view(), before.view())
+            for piece in pieces:
+                _write(fd, piece)
+            number += 1
+            if not hooks.checkpoint():
+                return
+    finally:
+        for image in images:
+            image.close()
+
+
+class Image:
+    """One copy of the guest, in memory."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("remus-copy", os.MFD_CLOEXEC)
+        self._length = 0
+        self._map: mmap.mmap | None = None
+
+    def take(self, domid: int) -> None:
+        """Copy the guest, which is suspended."""
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        savestream.save_once(domid, self._fd, lambda: None, live=False)
+        self._length = os.lseek(self._fd, 0, os.SEEK_CUR)
+
+    def view(self) -> memoryview:
+        """The copy, until the next."""
+        if self._map is None or len(self._map) < self._length:
+            self._map = mmap.mmap(self._fd, self._length, prot=mmap.PROT_READ)
+        return memoryview(self._map)[: self._length]
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _write(fd: int, piece: bytes | memoryview) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def whole(image: memoryview) -> Iterator[bytes | memoryview]:
+    """The first checkpoint: all of it, up to its END."""
+    last = None
+    for record in libxc.records(image[HEADERS_BYTES:]):
+        last = record
+    if last is None or last.kind != libxc.END:
+        raise FramingError("a copy of the guest has no end")
+    yield image[: HEADERS_BYTES + last.offset - libxc.RECORD.size]
+    yield CHECKPOINT_RECORD
+
+
+def difference(now: memoryview, before: memoryview) -> Iterator[bytes | memoryview]:
+    """A later checkpoint: the pages that differ, and the state that comes after pages."""
+    now, before = now[HEADERS_BYTES:], before[HEADERS_BYTES:]
+    old_pages = [record for record in libxc.records(before) if record.kind == libxc.PAGE_DATA]
+    changed: list[tuple[int, memoryview | None]] = []
+    state: list[memoryview] = []
+    seen = 0
+    for record in libxc.records(now):
+        if record.kind == libxc.PAGE_DATA:
+            old = old_pages[seen] if seen < len(old_pages) else None
+            seen += 1
+            changed += _changed(now, record, before, old)
+        elif seen and record.kind != libxc.END:
+            state.append(now[record.offset - libxc.RECORD.size : record.end])
+    for start in range(0, len(changed), PAGES_PER_RECORD):
+        yield _page_data(changed[start : start + PAGES_PER_RECORD])
+    yield from state
+    yield CHECKPOINT_RECORD
+
+
+def _changed(
+    now: memoryview, record: Record, before: memoryview, old: Record | None
+) -> list[tuple[int, memoryview | None]]:
+    """The pages of a record that are not as they were, or are of another type: entry and content."""
+    entries = libxc.entries(now, record)
+    if old is None or libxc.entries(before, old) != entries:
+        # Other pages than before, or of other types: a rare case, and taking them all does no harm.
+        return [(entry, _content(now, offset)) for entry, offset in libxc.all_pages(now, record)]
+    new_block, old_block = libxc.contents(now, record), libxc.contents(before, old)
+    differing = zeros.differing(new_block, old_block, PAGE_SIZE)
+    if not differing:
+        return []
+    pages = list(libxc.pages(now, record))
+    return [(pages[index].entry, _content(now, pages[index].offset)) for index in differing]
+
+
+def _content(stream: memoryview, offset: int | None) -> memoryview | None:
+    return None if offset is None else stream[offset : offset + PAGE_SIZE]
+
+
+def _page_data(pages: list[tuple[int, memoryview | None]]) -> bytes:
+    numbers = b"".join(entry.to_bytes(8, "little") for entry, _ in pages)
+    body = [libxc.PAGE_DATA_PREFIX.pack(len(pages), 0), numbers, *(page for _, page in pages if page is not None)]
+    length = sum(len(part) for part in body)
+    return b"".join([libxc.RECORD.pack(libxc.PAGE_DATA, length), *body])
