@@ -13,7 +13,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,31 +64,55 @@ def run(options: ColoOptions) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_one(domid, name))
         store = stack.enter_context(Store())
-        guest = stack.enter_context(xenctrl.Guest(domid, writable=False))
-        refuse_config(name, toolstack.domain_config(domid))
-        refuse_guest(name, guest.info(), guest, store)
-        for module, purpose in MODULES:
-            kmod.load(module, purpose)
-        backend.mount_debugfs()
-        layout = GuestLayout.read(guest, store)
-        clock = xentime.GuestClock(domid)
-        engine = PvmEngine(guest, store, layout, clock)
+        engine = open_engine(stack, domid, name, store)
         generation = secrets.randbits(31) | 1
         console = stack.enter_context(Console(options, name))
         control = stack.enter_context(connect(options, generation, "control"))
         data = stack.enter_context(connect(options, generation, "data"))
-        sample, settable = _measure_clocks(control, clock)
-        guest.map_memory()
-        choice = choose(
-            options.checkpoint, offset_ns=sample.offset_ns, two_level_events=engine.uses_two_level_events(),
-            settable_clock=settable,
-        )  # fmt: skip
-        engine.mode = choice.mode
-        console.event("mode", mode=choice.mode.value, why=choice.why, clock_offset_ms=round(sample.offset_ns / 1e6, 3))
-        config = _session_config(options, name, generation, control, choice, [vif.handle for vif in layout.vifs])
-        if settable and choice.mode is Mode.TRANSPARENT:
-            config = dataclasses.replace(config, clock_offset_ns=-sample.offset_ns)
+        config = agree(options, name, engine, control, generation, console.event)
         return _protect(config, engine, store, control, data, console)
+
+
+def open_engine(stack: contextlib.ExitStack, domid: int, name: str, store: Store) -> PvmEngine:
+    """Take hold of a domain that COLO can protect.
+
+    :param stack: closes it again.
+    :raise DomainError: the domain cannot be protected.
+    :raise HostError: this host lacks something.
+    """
+    guest = stack.enter_context(xenctrl.Guest(domid, writable=False))
+    refuse_config(name, toolstack.domain_config(domid))
+    refuse_guest(name, guest.info(), guest, store)
+    for module, purpose in MODULES:
+        kmod.load(module, purpose)
+    backend.mount_debugfs()
+    return PvmEngine(guest, store, GuestLayout.read(guest, store), xentime.GuestClock(domid))
+
+
+def agree(
+    options: ColoOptions,
+    name: str,
+    engine: PvmEngine,
+    control: Channel,
+    generation: int,
+    event: Callable[..., None],
+) -> SessionConfig:
+    """Measure the hosts' clocks, and choose how checkpoints are taken."""
+    sample, settable = _measure_clocks(control, engine.clock)
+    engine.guest.map_memory()
+    choice = choose(
+        options.checkpoint,
+        offset_ns=sample.offset_ns,
+        two_level_events=engine.uses_two_level_events(),
+        settable_clock=settable,
+    )
+    engine.mode = choice.mode
+    event("mode", mode=choice.mode.value, why=choice.why, clock_offset_ms=round(sample.offset_ns / 1e6, 3))
+    handles = [vif.handle for vif in engine.layout.vifs]
+    config = _session_config(options, name, generation, control, choice, handles)
+    if settable and choice.mode is Mode.TRANSPARENT:
+        config = dataclasses.replace(config, clock_offset_ns=-sample.offset_ns)
+    return config
 
 
 def _protect(

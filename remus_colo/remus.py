@@ -53,6 +53,8 @@ def run(options: RemusOptions) -> int:
         console = stack.enter_context(RemusConsole(options, name))
         engine = RemusEngine(domid, store, device_model=_kind(config) == "hvm")
         try:
+            if not engine.dirty_log:
+                console.event("no-dirty-log")
             devices = DeviceSet([*disks, *_buffers(engine.layout.vifs, options)])
             if options.blackhole:
                 return _run_blackhole(options, engine, devices, console)
@@ -138,6 +140,7 @@ def _run_blackhole(
         devices,
         interval_s=options.interval_s,
         timer=options.timer,
+        dirty_log=engine.dirty_log,
         on_checkpoint=note,
         probe=points.reached,
     )

@@ -12,6 +12,7 @@ from remus_colo.session.loop import Loop
 
 if TYPE_CHECKING:
     from remus_colo.options import ColoOptions
+    from remus_colo.remus_options import RemusOptions
     from remus_colo.session.primary import PrimarySession
 
 REFRESH_S = 0.5
@@ -37,7 +38,7 @@ SENTENCES = {
 class Console:
     """:param options: of the run: log file, form of the status."""
 
-    def __init__(self, options: ColoOptions, name: str) -> None:
+    def __init__(self, options: ColoOptions | RemusOptions, name: str) -> None:
         self._name = name
         self._log = report.EventLog(options.log)
         self._status = report.open_status(sys.stdout, as_json=options.status_json)

@@ -23,6 +23,7 @@ from remus_colo.checkpoint import birth, transfer
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.checkpoint.pvm import PvmEngine, Snapshot
 from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S
+from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import DECIDING
@@ -111,6 +112,7 @@ class PrimarySession:
     """One protection, from CREATE to its end.
 
     :param event: called with a name and fields at everything that a user may want to know.
+    :param devices: what goes along with each checkpoint besides the vifs.
     """
 
     def __init__(
@@ -121,7 +123,9 @@ class PrimarySession:
         store: Store,
         make_peer: Callable[..., Peer],
         event: EventSink,
+        devices: DeviceSet | None = None,
     ) -> None:
+        self.devices = devices or DeviceSet([])
         self.loop = loop
         self.config = config
         self.engine = engine
@@ -196,6 +200,10 @@ class PrimarySession:
     def request_stop(self) -> None:
         """Ctrl-C or SIGTERM; from any thread or a signal handler."""
         self.loop.call(lambda: self._handle(E.STOP_REQUESTED, reason="the user's"))
+
+    def request_checkpoint(self, request: CheckpointRequest) -> None:
+        """As the comparator does; from any thread."""
+        self.loop.call(lambda: self._on_request(request))
 
     def _handle(self, event: E, reason: str = "") -> None:
         step = self.machine.handle(event, epoch=self.stats.epoch, reason=reason)
@@ -502,10 +510,12 @@ class PrimarySession:
         """The PVM is stopped: copy it, cut its output, let it run on, and send the copy."""
         self._phases.end("stop")
         try:
+            self.devices.postsuspend()
             every = self.config.verify_every
             snapshot = self.engine.collect(self.stats.epoch, dirty, verify=every > 0 and self.stats.epoch % every == 0)
             self.path.each(lambda vif: vif.cut())
             self._pending = None  # this checkpoint settles it; what is asked for from now on is about the next epoch
+            self.devices.preresume()
             self.engine.go()
         except RemusError as error:
             self.engine.go()
@@ -563,6 +573,7 @@ class PrimarySession:
             self.path.each(lambda vif: vif.abort())
 
     def _release_committed(self) -> None:
+        self.devices.commit()
         self.path.each(lambda vif: vif.commit())
 
     def _resume_comparing(self) -> None:

@@ -44,6 +44,8 @@ from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODE
 
 log = logging.getLogger(__name__)
 
+# Silence for so many of the longest pauses that were seen is no pause.
+PAUSES_PER_WINDOW = 2.0
 # Of one checkpoint, packed: more does not come from a guest that any backup could follow.
 CHECKPOINT_LIMIT_BYTES = 4 << 30
 
@@ -57,6 +59,7 @@ class RemusCreation:
     same_host: bool
     handles: tuple[int, ...]
     heartbeat: HeartbeatConfig
+    clock_offset_ns: int | None = None  # the guest takes this host's clock when it resumes
 
     @classmethod
     def parse(cls, message: Message) -> RemusCreation:
@@ -112,6 +115,7 @@ class RemusBackupSession(BackupSession):
         self._complete = 0  # the last checkpoint that is whole
         self._addresses: dict[int, list[IPv4Address]] = {}
         self._neighbours: dict[int, list[IPv4Address]] = {}
+        self._longest_pause_s = 0.0
         self._links = Links()
 
     # -- what comes ----------------------------------------------------------------------------------------
@@ -204,11 +208,13 @@ class RemusBackupSession(BackupSession):
         fields = message.fields
         try:
             codec, length = fields["codec"], int(fields["length"])
+            longest_pause_s = float(fields["longest_pause_s"])
             addresses, neighbours = _by_handle(fields["addresses"]), _by_handle(fields["neighbours"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise MessageError(f"CHECKPOINT_BEGIN lacks a part or has a malformed one: {error!r}") from error
         if codec not in (CODEC_NONE, CODEC_DELTA) or not 0 <= length <= CHECKPOINT_LIMIT_BYTES:
             raise MessageError(f"CHECKPOINT_BEGIN announces {length} bytes as {codec!r}")
+        self._longest_pause_s = longest_pause_s
         self._addresses.update(addresses)
         self._neighbours.update(neighbours)
         self._device_state = b""
@@ -268,7 +274,8 @@ class RemusBackupSession(BackupSession):
         """In a thread: the fencing hook if there is one, else whether the guest still answers on the LAN."""
         if self.config.fence:
             return run_hook(self.config.fence, self.creation.name, self.peer.control.peer)
-        window_s = self.creation.heartbeat.timeout_s * PROBE_WINDOW
+        # A guest that stands still for a checkpoint does not answer either.
+        window_s = max(self.creation.heartbeat.timeout_s * PROBE_WINDOW, self._longest_pause_s * PAUSES_PER_WINDOW)
         verdicts = [Verdict.UNKNOWN] if not self.creation.handles else []
         for index, handle in enumerate(self.creation.handles):
             bridge = self._bridge_of(index)

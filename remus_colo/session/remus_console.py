@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SENTENCES = {
     "creating": "copying the guest to the backup host",
     "protected": "PROTECTED: output is held until the backup has the checkpoint that it belongs to",
+    "no-dirty-log": "this Xen, built without shadow page tables, does not tell what a PV guest writes: each checkpoint copies "
+    "all of its memory, and stops it for that long",
     "blackhole": "checkpoints go nowhere: NOT protected",
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import logging
 import threading
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from remus_colo.checkpoint.periodic import Ended, RoundTimes
 from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S, Suspender
 from remus_colo.devices.device import DeviceSet
 from remus_colo.devices.netbuffer import held_packets, sent_packets
-from remus_colo.errors import PeerLost, RemusError
+from remus_colo.errors import PeerLost, RemusError, XenError
 from remus_colo.failover.primary import PrimaryAction as A
 from remus_colo.failover.primary import PrimaryEvent as E
 from remus_colo.failover.primary import PrimaryState
@@ -85,6 +86,7 @@ class RemusEngine:
     """
 
     mode = RemusMode.REMUS
+    clock = None  # a guest that resumes itself takes its host's
 
     def __init__(self, domid: int, store: Store, *, device_model: bool = False) -> None:
         self._stack = contextlib.ExitStack()
@@ -93,6 +95,7 @@ class RemusEngine:
             stopped = self._stack.enter_context(Guest(domid, writable=False))
             self.suspender = self._stack.enter_context(Suspender(stopped, store, device_model=device_model))
             self.layout = Layout(tuple(backend.vifs(store, domid)))
+            self.dirty_log = _has_dirty_log(self.guest)
         except BaseException:
             self._stack.close()
             raise
@@ -100,6 +103,20 @@ class RemusEngine:
     def close(self) -> None:
         """The guest runs on."""
         self._stack.close()
+
+
+def _has_dirty_log(guest: Guest) -> bool:
+    """Whether Xen tells what the guest writes: not of a PV guest, if Xen was built without shadow page tables."""
+    if guest.info().hvm:
+        return True
+    try:
+        guest.enable_dirty_log()
+    except XenError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return False
+        raise
+    guest.disable_dirty_log()
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +146,8 @@ class SendingWorker(CheckpointWorker):
         self.sender = sender
         self._session = session
         self._begun_first = False
-        self._resumed = threading.Condition()
+        self._progress = threading.Condition()
+        self._acked_epoch = 0
         self._resumed_epoch = 0
 
     def live(self, chunk: bytes) -> None:
@@ -146,27 +164,43 @@ class SendingWorker(CheckpointWorker):
             self.sender.send(number, staged, state)
 
     def committed(self) -> bool:
-        """The loop releases output as soon as the backup acknowledges; here it is only waited for."""
+        """Wait for the backup's acknowledgement, with which the loop releases output, and for the interval."""
         number = self.stats.checkpoints
-        with self._resumed:
-            while self._resumed_epoch < number and not self.ending.is_set():
-                self._resumed.wait(GRANT_LOOK_S)
-        return super().committed() and self._session.grant_next(self.ending)
+        if not self._reached(lambda: self._acked_epoch, number) or not self.go_on():
+            return False
+        return self._reached(lambda: self._resumed_epoch, number) and self._session.grant_next(self.ending)
+
+    def go_on(self) -> bool:
+        """After each checkpoint: whether there is to be another, and not before its time."""
+        return super().committed()
+
+    def _reached(self, epoch: Callable[[], int], number: int) -> bool:
+        """Wait until the backup has come so far; False if it will not."""
+        with self._progress:
+            while epoch() < number and not self.ending.is_set():
+                self._progress.wait(GRANT_LOOK_S)
+            return epoch() >= number
 
     def commit(self) -> None:
         pass
 
+    def acknowledged(self, epoch: int) -> None:
+        """In the loop's thread: the backup has the checkpoint."""
+        with self._progress:
+            self._acked_epoch = epoch
+            self._progress.notify_all()
+
     def resumed(self, epoch: int) -> None:
         """In the loop's thread: the backup has taken the checkpoint, and the next may come."""
-        with self._resumed:
+        with self._progress:
             self._resumed_epoch = epoch
-            self._resumed.notify_all()
+            self._progress.notify_all()
 
     def end(self) -> None:
         """From any thread: no more checkpoints."""
-        self.ending.set()
-        with self._resumed:
-            self._resumed.notify_all()
+        super().end()
+        with self._progress:
+            self._progress.notify_all()
 
 
 class RemusSession(PrimarySession):
@@ -191,20 +225,26 @@ class RemusSession(PrimarySession):
         devices: DeviceSet,
         probe: Callable[[str], None] = lambda point: None,
     ) -> None:
-        self.devices = devices
         self._granted = threading.Event()
         self._domain_config = toolstack.domain_config(engine.guest.domid)
-        super().__init__(loop, config, engine, store, make_peer, event)  # type: ignore[arg-type]
+        super().__init__(loop, config, engine, store, make_peer, event, devices)  # type: ignore[arg-type]
         sender = CheckpointSender(self.peer.data, compress=config.compression, describe=self._describe)
-        self.worker = SendingWorker(
+        self.worker = self._make_worker(
             self,
             sender,
             engine.suspender,
             interval_s=config.interval_s,
             timer=config.timer,
+            dirty_log=engine.dirty_log,
             on_checkpoint=self._on_checkpoint,
             probe=probe,
         )
+
+    def _make_worker(self, *args: Any, **options: Any) -> SendingWorker:
+        return SendingWorker(*args, **options)
+
+    def _start_worker(self) -> None:
+        self._guest_thread("checkpoints", self.worker.run, self._on_worker_ended)
 
     def _make_path(self) -> WatchedPath:  # type: ignore[override]
         return WatchedPath(self.loop, self.engine.layout.vifs, self.store)
@@ -212,7 +252,11 @@ class RemusSession(PrimarySession):
     def _describe(self) -> dict[str, Any]:
         """In the checkpoints' thread."""
         known = {str(vif.vif.handle): vif.addresses.fields() for vif in self.path.vifs}
-        return {name: {handle: fields[name] for handle, fields in known.items()} for name in ("addresses", "neighbours")}
+        return {
+            "longest_pause_s": self.worker.stats.longest_pause_s,
+            "addresses": {handle: fields["addresses"] for handle, fields in known.items()},
+            "neighbours": {handle: fields["neighbours"] for handle, fields in known.items()},
+        }
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -238,7 +282,7 @@ class RemusSession(PrimarySession):
     def _start_checkpoint(self) -> None:
         self.stats.epoch += 1
         if self.stats.epoch == 1:
-            self._guest_thread("checkpoints", self.worker.run, self._on_worker_ended)
+            self._start_worker()
         self._granted.set()
 
     def grant_next(self, ending: threading.Event) -> bool:
@@ -268,6 +312,7 @@ class RemusSession(PrimarySession):
         except RemusError as error:
             self._fail(error)
         self.worker.probe("c2")
+        self.worker.acknowledged(self.stats.epoch)
 
     def _resume_comparing(self) -> None:
         if self.stats.epoch == 1:

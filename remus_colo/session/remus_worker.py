@@ -23,6 +23,7 @@ class WorkerStats:
 
     checkpoints: int = 0
     pause_s: list[float] = field(default_factory=list)
+    longest_pause_s: float = 0.0
     staged_bytes: int = 0
 
 
@@ -40,6 +41,7 @@ class CheckpointWorker:
         *,
         interval_s: float,
         timer: bool,
+        dirty_log: bool = True,
         on_checkpoint: Callable[[RoundTimes], None],
         probe: Callable[[str], None] = lambda point: None,
     ) -> None:
@@ -49,6 +51,7 @@ class CheckpointWorker:
         self._suspender = suspender
         self._interval_s = interval_s
         self._timer = timer
+        self._dirty_log = dirty_log
         self._on_checkpoint = on_checkpoint
         self.probe = probe
         self._begun_s = 0.0
@@ -64,6 +67,7 @@ class CheckpointWorker:
             self,
             self,
             timer_s=self._interval_s if self._timer else 0.0,
+            dirty_log=self._dirty_log,
             on_round=self._note,
         )
         self.loop.run()
@@ -73,6 +77,7 @@ class CheckpointWorker:
         stats.checkpoints = times.number
         stats.staged_bytes = times.staged_bytes
         stats.pause_s.append(times.pause_s)
+        stats.longest_pause_s = max(stats.longest_pause_s, times.pause_s)
         del stats.pause_s[:-RECENT]
         self._on_checkpoint(times)
 
@@ -111,8 +116,16 @@ class CheckpointWorker:
             return False
         self.commit()
         if not self._timer:
-            self.ending.wait(max(0.0, self._begun_s + self._interval_s - time.monotonic()))
+            self.ending.wait(max(0.0, self._next_s() - time.monotonic()))
         return not self.ending.is_set()
+
+    def _next_s(self) -> float:
+        """When the next checkpoint is due."""
+        due_s = self._begun_s + self._interval_s
+        if self._dirty_log or not self.stats.pause_s:
+            return due_s
+        # A guest that is copied whole stands still for long: it is to run for as long, too.
+        return max(due_s, self._begun_s + 2 * self.stats.pause_s[-1])
 
     def end(self) -> None:
         """From any thread: no more checkpoints."""
