@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Checkpoints whose phases a script is called in, in the thread that started them, as Xen 4.4's module did it.
+
+To a plain file descriptor, or through a :class:`Link` to ``remusd``, with all that ``remus`` itself does there: heartbeats,
+acknowledgements, and a backup that takes over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from remus_colo import cli
+from remus_colo import options as defaults
+from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint.periodic import PeriodicCheckpoints
+from remus_colo.devices.device import DeviceSet
+from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
+from remus_colo.primary import connect
+from remus_colo.relocation.channel import Channel
+from remus_colo.remus_options import RemusOptions
+from remus_colo.session.loop import Loop
+from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.remus_primary import RemusConfig, RemusEngine, RemusSession, SendingWorker
+
+LIVE_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What a script wants to be called with. None and what is true: go on."""
+
+    suspend: Callable[[], Any] | None = None
+    resume: Callable[[], Any] | None = None
+    checkpoint: Callable[[], Any] | None = None
+
+    def suspended(self) -> None:
+        if not goes_on(self.suspend):
+            raise DomainError("the suspend callback ended the checkpoints")
+
+    def resuming(self) -> None:
+        if not goes_on(self.resume):
+            raise DomainError("the resume callback ended the checkpoints")
+
+    def committed(self) -> bool:
+        return self.checkpoint is not None and goes_on(self.checkpoint)
+
+    def going_on(self) -> bool:
+        return True
+
+
+def goes_on(call: Callable[[], Any] | None) -> bool:
+    """Whether a callback, if there is one, lets the checkpoints go on: by None, or by something true."""
+    if call is None:
+        return True
+    answer = call()
+    return answer is None or bool(answer)
+
+
+class Domain:
+    """One domain, open for checkpoints."""
+
+    def __init__(self, domid: int) -> None:
+        """:raise RemusError: there is none, or Xen refuses."""
+        self.domid = toolstack.find_domain(str(domid))
+        self.name = toolstack.domain_name(self.domid)
+        self._stack = contextlib.ExitStack()
+        try:
+            self.store = self._stack.enter_context(Store())
+            self.engine = RemusEngine(self.domid, self.store)
+            self._stack.callback(self.engine.close)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+class Link:
+    """The two channels to ``remusd`` on a backup host.
+
+    :raise RemusError: nobody answers there, or it refuses; or the configuration file is wrong.
+    """
+
+    def __init__(self, host: str, port: int = defaults.DEFAULT_PORT) -> None:
+        self.host = host
+        self.generation = secrets.randbits(31) | 1
+        # As on a command line without options: the configuration file decides. Which domain, CREATE tells.
+        options = cli.parse(["--port", str(port), "any", host])
+        assert isinstance(options, RemusOptions)
+        self.options = options
+        self._stack = contextlib.ExitStack()
+        try:
+            self.control: Channel = self._stack.enter_context(connect(options, self.generation, "control"))
+            self.data: Channel = self._stack.enter_context(connect(options, self.generation, "data"))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def fileno(self) -> int:
+        return self.data.fileno()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def run(domain: Domain, iofile: Any, calls: Calls, *, interval_s: float, compress: bool) -> None:
+    """Take checkpoints until a call ends it, or something fails.
+
+    :raise RemusError: what failed.
+    """
+    link = getattr(iofile, "link", None)
+    if isinstance(link, Link):
+        _run_linked(domain, link, calls, interval_s=interval_s, compress=compress)
+        return
+    writer = Plain(_descriptor(iofile))
+    PeriodicCheckpoints(
+        domain.engine.suspender, writer, calls, timer_s=interval_s, dirty_log=domain.engine.dirty_log
+    ).run()
+
+
+def _descriptor(iofile: Any) -> int:
+    fd = iofile if isinstance(iofile, int) else getattr(iofile, "fileno", lambda: -1)()
+    if not isinstance(fd, int) or fd < 0:
+        raise TypeError("invalid file handle")
+    return fd
+
+
+class Plain:
+    """A descriptor, into which libxenguest's stream goes as it is."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def live(self, chunk: bytes) -> None:
+        self._write(memoryview(chunk))
+
+    def deliver(self, number: int, staged: memoryview) -> None:
+        self._write(staged)
+
+    def _write(self, view: memoryview) -> None:
+        try:
+            while view:
+                view = view[os.write(self._fd, view[:LIVE_PIECE_BYTES]) :]
+        except OSError as error:
+            raise PeerLost(f"the checkpoint's file does not take it: {error.strerror}") from error
+
+
+class CallingWorker(SendingWorker):
+    """As :class:`SendingWorker`, but the phases are the script's."""
+
+    def __init__(self, calls: Calls, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._calls = calls
+
+    def suspended(self) -> None:
+        self._calls.suspended()
+
+    def resuming(self) -> None:
+        self._calls.resuming()
+
+    def go_on(self) -> bool:
+        return self._calls.committed()
+
+
+class CallingSession(RemusSession):
+    """Its checkpoints are taken by whoever waits for :attr:`started`, not by a thread of the session's."""
+
+    def __init__(self, calls: Calls, *args: Any, **options: Any) -> None:
+        self._calls = calls
+        self.started = threading.Event()
+        super().__init__(*args, **options)
+
+    def _make_worker(self, *args: Any, **options: Any) -> SendingWorker:
+        return CallingWorker(self._calls, *args, **options)
+
+    def _start_worker(self) -> None:
+        self._guest_at_rest.clear()
+        self.started.set()
+
+    def worker_ended(self, error: BaseException | None) -> None:
+        """In the thread of the checkpoints."""
+        self._guest_at_rest.set()
+        self.loop.call(lambda: self._on_worker_ended(None, error if isinstance(error, RemusError) else None))
+
+
+def _run_linked(domain: Domain, link: Link, calls: Calls, *, interval_s: float, compress: bool) -> None:
+    loop = Loop()
+
+    def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
+        return Peer(loop, link.control, link.data, heartbeat, **callbacks)
+
+    local, remote = link.control.addresses
+    config = RemusConfig(
+        name=domain.name,
+        heartbeat=HeartbeatConfig(link.options.heartbeat_interval_s, link.options.heartbeat_timeout_s),
+        interval_s=interval_s,
+        timer=interval_s > 0,
+        compression=compress,
+        same_host=local == remote or ipaddress.ip_address(remote).is_loopback,
+        destination=link.host,
+        fence=link.options.fence,
+    )
+    session = CallingSession(
+        calls, loop, config, domain.engine, domain.store, make_peer, lambda *_, **__: None, DeviceSet([])
+    )
+    ended: list[ExitStatus | BaseException] = []
+
+    def protect() -> None:
+        try:
+            ended.append(session.run())
+        except BaseException as error:  # raised below, in the caller's thread
+            ended.append(error)
+        finally:
+            session.started.set()
+
+    thread = threading.Thread(target=protect, name="remus-session", daemon=True)
+    thread.start()
+    failure: BaseException | None = None
+    try:
+        session.started.wait()
+        if not ended:
+            session.worker.run()
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        session.worker_ended(failure)
+        session.request_stop()
+        thread.join()
+        loop.close()
+    (status,) = ended
+    if isinstance(status, BaseException):
+        raise status
+    if session.failure is not None:
+        raise session.failure
+    if status is ExitStatus.FENCED:
+        raise PeerLost(f"the backup has taken over {domain.name}: it was stopped here")
+    if status is ExitStatus.UNPROTECTED:
+        raise PeerLost(f"the backup is gone, {domain.name} goes on unprotected")

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Devices that go along with a domain's checkpoints.
+
+A script makes them, and calls their hooks in its own: ``postsuspend`` after the guest has suspended, ``preresume`` before it is
+resumed, ``commit`` when the backup has the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import Any
+
+from xen.remus import blkdev, netlink, util
+from xen.remus.vif import VIF
+
+from remus_colo.adapters import drbd, ifb, kmod
+from remus_colo.adapters.netlink import Links, Plug
+from remus_colo.adapters.rawlink import CopyingTap
+from remus_colo.devices.device import CheckpointedDevice
+from remus_colo.devices.disk import DRBD_PREFIX, DrbdDisk
+from remus_colo.devices.netbuffer import LIMIT_BYTES
+from remus_colo.errors import RemusError
+from remus_colo.proxy.primary_path import VifPath
+
+__all__ = [
+    "BufferedNIC",
+    "BufferedNICException",
+    "CheckpointedDevice",
+    "ColoNIC",
+    "IFBBuffer",
+    "IMQBuffer",
+    "Netbuf",
+    "Netbufpool",
+    "ReplicatedDisk",
+    "ReplicatedDiskException",
+    "getrth",
+    "netbuftypes",
+    "selectnetbuf",
+]
+
+POOL_DIR = "/run/remus"
+
+
+class ReplicatedDiskException(Exception):
+    """A disk is not replicated, or cannot be."""
+
+
+class BufferedNICException(Exception):
+    """Output cannot be held."""
+
+
+class ReplicatedDisk(CheckpointedDevice):
+    """A disk that DRBD replicates, told of each checkpoint.
+
+    :param disk: with ``uname`` ``drbd:RESOURCE``.
+    :raise ReplicatedDiskException: it is not on DRBD with protocol D; blktap's ``tap:remus:`` is gone from Xen.
+    """
+
+    FIFODIR = "/var/run/tap"
+    SEND_CHECKPOINT = drbd.SEND_CHECKPOINT
+    WAIT_CHECKPOINT_ACK = drbd.WAIT_CHECKPOINT_ACK
+
+    def __init__(self, disk: blkdev.BlkDev) -> None:
+        self._disk: DrbdDisk | None = None
+        self.is_drbd = disk.uname.startswith(DRBD_PREFIX)
+        if disk.uname.startswith(("tap:remus:", "tap:tapdisk:remus:")):
+            raise ReplicatedDiskException(
+                f"Disk {disk} is of blktap, which Xen has no more: put it on DRBD with protocol D"
+            )
+        if not self.is_drbd:
+            raise ReplicatedDiskException(f"Disk is not replicated: {disk}")
+        replicated = DrbdDisk(disk.uname.removeprefix(DRBD_PREFIX))
+        try:
+            replicated.setup()
+        except RemusError as error:
+            raise ReplicatedDiskException(str(error)) from error
+        self._disk = replicated
+
+    def uninstall(self) -> None:
+        if self._disk is not None:
+            self._disk.teardown()
+            self._disk = None
+
+    def postsuspend(self) -> None:
+        if self._disk is not None:
+            self._disk.postsuspend()
+
+    def preresume(self) -> None:
+        if self._disk is not None:
+            self._disk.preresume()
+
+
+_rth: netlink.rtnl | None = None
+
+
+def getrth() -> netlink.rtnl:
+    """One handle for all."""
+    global _rth
+    if _rth is None:
+        _rth = netlink.rtnl()
+    return _rth
+
+
+class Netbuf:
+    """A device that a vif's output goes through, and where it can be held.
+
+    :param devname: its name, as of an interface.
+    """
+
+    def __init__(self, devname: str) -> None:
+        self.devname = devname
+        self.vif: VIF | None = None
+
+    @staticmethod
+    def devclass() -> str:
+        """What names of such devices begin with."""
+        return "unknown"
+
+    @classmethod
+    def available(cls) -> bool:
+        """Whether this kernel can have such devices."""
+        return cls._hasdev(cls.devclass())
+
+    def install(self, vif: VIF) -> None:
+        """Have the output of ``vif`` go through."""
+        raise BufferedNICException("unimplemented")
+
+    def uninstall(self) -> None:
+        """Let it take its own way again."""
+        raise BufferedNICException("unimplemented")
+
+    @staticmethod
+    def _hasdev(devclass: str) -> bool:
+        name = f"{devclass}0"
+        if getrth().getlink(name):
+            return True
+        return util.modprobe(devclass) and bool(getrth().getlink(name))
+
+
+class IFBBuffer(Netbuf):
+    """An ifb device; it is made if there is none of that name, and then goes at the end."""
+
+    def __init__(self, devname: str) -> None:
+        super().__init__(devname)
+        self._stack: contextlib.ExitStack | None = None
+
+    @staticmethod
+    def devclass() -> str:
+        return "ifb"
+
+    @classmethod
+    def available(cls) -> bool:
+        return kmod.is_present("ifb") or util.modprobe("ifb")
+
+    def install(self, vif: VIF) -> None:
+        self.vif = vif
+        with contextlib.ExitStack() as stack:
+            links = stack.enter_context(Links())
+            if links.exists(self.devname):
+                links.set_up(self.devname)
+                stack.callback(links.set_down, self.devname)
+            else:
+                ifb.create(links, self.devname)
+                stack.callback(links.delete_link, self.devname)
+            tap = CopyingTap(vif.dev)
+            stack.callback(tap.close)
+            stack.callback(ifb.stop_redirecting, links, vif.dev)
+            ifb.redirect_input(links, vif.dev, self.devname)
+            self._stack = stack.pop_all()
+
+    def uninstall(self) -> None:
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+
+class IMQBuffer(Netbuf):
+    """An imq device, which no kernel of today has."""
+
+    @staticmethod
+    def devclass() -> str:
+        return "imq"
+
+    @classmethod
+    def available(cls) -> bool:
+        return False
+
+    def install(self, vif: VIF) -> None:
+        raise BufferedNICException("no kernel of today has imq devices: use IFBBuffer")
+
+    def uninstall(self) -> None:
+        pass
+
+
+# in order of desirability
+netbuftypes: list[type[Netbuf]] = [IFBBuffer, IMQBuffer]
+
+
+def selectnetbuf() -> type[Netbuf]:
+    """The best that this kernel has.
+
+    :raise BufferedNICException: it has none.
+    """
+    for driver in netbuftypes:
+        if driver.available():
+            return driver
+    raise BufferedNICException("no net buffer available: this kernel has no ifb module")
+
+
+class Netbufpool:
+    """Gives each process devices of its own, by a file with a line ``DEVICE PID`` for each that is taken."""
+
+    def __init__(self, netbufclass: type[Netbuf]) -> None:
+        self.netbufclass = netbufclass
+        self.path = os.path.join(POOL_DIR, netbufclass.devclass())
+        os.makedirs(POOL_DIR, 0o755, exist_ok=True)
+        self.devices = self.getdevs()
+
+    def get(self) -> Netbuf:
+        """A device that nobody has, or whose owner is gone."""
+        with util.Lock(self.path):
+            table = self.load()
+            candidates = [*self.devices, *(f"{self.netbufclass.devclass()}{n}" for n in range(len(table) + len(self.devices) + 1))]
+            name = next(name for name in candidates if name not in table or not util.checkpid(table[name]))
+            table[name] = os.getpid()
+            self.save(table)
+        return self.netbufclass(name)
+
+    def put(self, dev: Netbuf) -> None:
+        """The device is free again."""
+        with util.Lock(self.path):
+            table = self.load()
+            table.pop(dev.devname, None)
+            self.save(table)
+
+    def load(self) -> dict[str, int]:
+        try:
+            with open(self.path, encoding="ascii") as lines:
+                return {name: int(pid) for name, pid in (line.split() for line in lines)}
+        except FileNotFoundError:
+            return {}
+
+    def save(self, table: dict[str, int]) -> None:
+        with open(self.path, "w", encoding="ascii") as lines:
+            lines.writelines(f"{name} {pid}\n" for name, pid in sorted(table.items()))
+
+    def getdevs(self) -> list[str]:
+        """Those that are there."""
+        pattern = re.compile(rf"{self.netbufclass.devclass()}\d+")
+        return sorted(name for name in os.listdir("/sys/class/net") if pattern.fullmatch(name))
+
+
+class BufferedNIC(CheckpointedDevice):
+    """Holds a domain's output between checkpoints, so that nothing is seen that a failover might not know about.
+
+    :raise BufferedNICException: it cannot be held.
+    """
+
+    def __init__(self, vif: VIF) -> None:
+        self.installed = False
+        self.vif = vif
+        self.pool = Netbufpool(selectnetbuf())
+        self._plug: Plug | None = None
+        self._links: Links | None = None
+        self.bufdev = self.pool.get()
+        try:
+            kmod.load("sch_plug", "holding the guest's output")
+            self.bufdev.install(vif)
+        except RemusError as error:
+            self.pool.put(self.bufdev)
+            raise BufferedNICException(str(error)) from error
+
+    def install(self) -> None:
+        """Put the plug in; the first ``postsuspend`` does so."""
+        if self.installed:
+            return
+        self._links = Links()
+        try:
+            plug = Plug(self._links, self.bufdev.devname, LIMIT_BYTES)
+            plug.install()
+        except RemusError as error:
+            self._links.close()
+            raise BufferedNICException(str(error)) from error
+        self._plug = plug
+        self.installed = True
+
+    def postsuspend(self) -> None:
+        if not self.installed:
+            self.install()
+        if self._plug is not None:
+            self._plug.buffer()
+
+    def commit(self) -> None:
+        if self._plug is not None:
+            self._plug.release_one()
+
+    def uninstall(self) -> None:
+        """Let go of what is held, and hold no more."""
+        if self._plug is not None and self._links is not None:
+            with contextlib.suppress(RemusError):
+                self._plug.remove()
+            self._links.close()
+            self._plug = None
+        self.installed = False
+        try:
+            self.bufdev.uninstall()
+        except RemusError as error:
+            print(f"could not take down {self.bufdev.devname}: {error}")
+        self.pool.put(self.bufdev)
+
+    def teardown(self, *, drop_held: bool = False) -> None:
+        self.uninstall()
+
+
+class ColoNIC(CheckpointedDevice):
+    """A vif whose output leaves when the second copy's is equal; at a checkpoint, what is left of it.
+
+    :param path: of a COLO session, which makes these itself: see ``save.ColoSaver.nics``.
+    """
+
+    def __init__(self, vif: VIF, path: VifPath) -> None:
+        self.vif = vif
+        self._path = path
+
+    def postsuspend(self) -> None:
+        """What was sent until now belongs to this checkpoint."""
+        self._path.cut()
+
+    def commit(self) -> None:
+        """The backup has it: what was held may leave."""
+        self._path.commit()
+
+    def counters(self) -> dict[str, Any]:
+        """Packets released, held and diverged."""
+        return self._path.counters()

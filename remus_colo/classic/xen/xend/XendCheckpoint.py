@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Save a domain to a file or backup host, and restore it.
+
+The file has xend's header, and behind it what ``xl save`` writes.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Any
+
+from xen.remus import image, vm
+from xen.remus import save as remus_save
+from xen.xend.XendError import XendError
+
+from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenctrl import Guest
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint import birth
+from remus_colo.checkpoint.suspend import Suspender
+from remus_colo.errors import RemusError
+
+__all__ = ["COLO_SIGNATURE", "SIGNATURE", "read_exact", "restore", "save", "write_exact"]
+
+SIGNATURE = image.SIGNATURE
+COLO_SIGNATURE = image.COLO_SIGNATURE
+LENGTH = struct.Struct("!i")
+CONFIG_LIMIT_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
+
+
+def write_exact(fd: int, buf: bytes, errmsg: str) -> None:
+    """:raise XendError: with ``errmsg``, if not all of it could be written."""
+    view = memoryview(buf)
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as error:
+        raise XendError(f"{errmsg}: {error.strerror}") from error
+
+
+def read_exact(fd: int, size: int, errmsg: str) -> bytes:
+    """:raise XendError: with ``errmsg``, if there is less."""
+    found = b""
+    while len(found) < size:
+        piece = os.read(fd, size - len(found))
+        if not piece:
+            raise XendError(errmsg)
+        found += piece
+    return found
+
+
+def save(
+    fd: Any,
+    dominfo: Any,
+    network: Any = None,
+    live: bool = False,
+    dst: Any = None,
+    checkpoint: bool = False,
+    node: int = -1,
+    sock: Any = None,
+    colo: bool = False,
+) -> None:
+    """Save a domain.
+
+    :param fd: a descriptor; with ``colo`` a ``xen.remus.save.MigrationSocket``.
+    :param dominfo: a ``xen.remus.vm.VM``, or what has a ``domid``.
+    :param live: copy it while it runs, first.
+    :param checkpoint: it goes on here afterwards; else it is destroyed.
+    :param colo: protect it by COLO, until the backup is gone or takes over.
+    :raise XendError: it failed; the domain goes on here.
+    """
+    domain = dominfo if isinstance(dominfo, vm.VM) else vm.VM(dominfo.domid)
+    try:
+        if colo:
+            remus_save.ColoSaver(domain.domid, fd).start()
+            return
+        header = image.makeheader(domain.dominfo or [])
+        number = fd if isinstance(fd, int) else fd.fileno()
+        write_exact(number, header, "could not write guest state file: header")
+        _save(number, domain.domid, live=live, go_on=checkpoint)
+    except (RemusError, remus_save.CheckpointError) as error:
+        if isinstance(error, XendError):
+            raise
+        raise XendError(str(error)) from error
+
+
+def _save(fd: int, domid: int, *, live: bool, go_on: bool) -> None:
+    with Store() as store, Guest(domid, writable=False) as guest, Suspender(guest, store) as suspender:
+        saved = False
+        try:
+            birth.send_guest(
+                domid,
+                toolstack.domain_config(domid),
+                lambda: _suspend(suspender),
+                lambda piece: write_exact(fd, piece, "could not write guest state file"),
+                live=live,
+            )
+            saved = True
+        finally:
+            if (go_on or not saved) and suspender.suspended:
+                suspender.resume()
+    if not go_on:
+        toolstack.destroy(domid)
+
+
+def _suspend(suspender: Suspender) -> None:
+    suspender.suspend()
+
+
+def restore(
+    xd: Any, fd: int, dominfo: Any = None, paused: bool = False, relocating: bool = False, colo: Any = None
+) -> vm.VM:
+    """Make a domain of what :func:`save` wrote. Returns it.
+
+    :param xd: xend's; not used.
+    :param fd: a descriptor to read from.
+    :param paused: it is not to run yet.
+    :param colo: what ``remusd`` runs for a COLO stream, an object with a ``run``: the secondary's suspend, resume and finish.
+    :raise XendError: the file is none, or the domain could not be made.
+    """
+    if colo is not None:
+        colo.run()
+        if colo.domid is None:
+            raise XendError("the protection has ended, and the guest goes on elsewhere")
+        return vm.VM(colo.domid)
+    signature = read_exact(fd, len(SIGNATURE), "not a valid guest state file: signature read")
+    if signature == COLO_SIGNATURE.encode():
+        raise XendError("this is a COLO stream: send it to remusd, which runs the second copy of the guest")
+    if signature != SIGNATURE.encode():
+        raise XendError(f"not a valid guest state file: found {signature!r}")
+    (length,) = LENGTH.unpack(read_exact(fd, LENGTH.size, "not a valid guest state file: config size read"))
+    if not 0 < length <= CONFIG_LIMIT_BYTES:
+        raise XendError(f"not a valid guest state file: a configuration of {length} bytes")
+    dom = image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))
+    try:
+        with Store() as store:
+            restorer = birth.Restorer(str(dom["name"]))
+            try:
+                while piece := os.read(fd, PIECE_BYTES):
+                    restorer.feed(piece)
+                domid = restorer.finish(store)
+            except BaseException:
+                restorer.abort()
+                raise
+            if not paused:
+                with Guest(domid, writable=False) as guest:
+                    guest.unpause()
+    except RemusError as error:
+        raise XendError(str(error)) from error
+    return vm.VM(domid)

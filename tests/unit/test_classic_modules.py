@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The modules of Xen 4.4's Remus, as far as they need no Xen: names, formats, files, pipes."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import remus_colo.classic.finder
+from remus_colo import dominfo
+from remus_colo.checkpoint import libxcrecords as libxc
+from remus_colo.classic.protection import Calls, Plain, goes_on
+from remus_colo.errors import DomainError, PeerLost
+
+assert remus_colo.classic.finder.XenFinder
+
+pytest.importorskip("pyroute2", reason="pyroute2 is not installed (Debian: python3-pyroute2)")
+pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+
+from xen.lowlevel import checkpoint  # noqa: E402
+from xen.remus import blkdev, device, image, netlink, profile, qdisc, save, util, vbd, vif, vm  # noqa: E402
+
+CONFIG: dict[str, Any] = {
+    "c_info": {"name": "web", "uuid": "1-2", "type": "pvh"},
+    "b_info": {"max_vcpus": 1, "max_memkb": 262144, "target_memkb": 262144, "shadow_memkb": 3072},
+    "nics": [{"mac": "00:16:3e:77:00:10", "bridge": "xenbr0"}, {"mac": "00:16:3e:77:00:11"}],
+    "disks": [
+        {"pdev_path": "/dev/vg/web", "vdev": "xvda", "backend": "phy", "readwrite": 1},
+        {"pdev_path": "r0", "script": "/etc/xen/scripts/block-drbd", "vdev": "xvdd", "readwrite": 1},
+        {"pdev_path": "/srv/a.iso", "vdev": "xvdc", "backend": "qdisk", "is_cdrom": 1},
+    ],
+}
+NAMES = {
+    "save": "Saver ColoSaver CheckpointError MigrationSocket NullSocket CheckpointingFile Keepalive XCFLAGS_LIVE",
+    "vm": "VM VMException parsedominfo domtosxpr strtosxpr sxprtostr getvifs getdisks fromxend getshadowmem",
+    "device": "CheckpointedDevice ReplicatedDisk ReplicatedDiskException BufferedNIC BufferedNICException Netbuf "
+    "IFBBuffer IMQBuffer Netbufpool selectnetbuf netbuftypes getrth ColoNIC",
+    "image": "makeheader parseheader VMImage Writer VMParseException readbatch parsebatch SIGNATURE",
+    "netlink": "rtnl rtattr rtattrlist nlmsg ifinfomsg tcmsg newlinkmsg newqdiscmsg RTNLException align",
+    "qdisc": "request addrequest delrequest changerequest Qdisc PrioQdisc CfifoQdisc PlugQdisc QdiscException TC_H_ROOT",
+    "util": "PipeException Lock canonifymac checkpid runcmd modprobe",
+    "vif": "VIF parse",
+    "blkdev": "BlkDev BlkDevException register parse handlers",
+    "vbd": "VBD",
+    "profile": "ProfileBlock NullProfiler Profiler",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_every_classic_name_is_there(module: str) -> None:
+    found = __import__(f"xen.remus.{module}", fromlist=["*"])
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_a_domain_as_xend_described_it() -> None:
+    domain = vm.VM(dominfo=dominfo.from_libxl(7, CONFIG))
+    assert (domain.domid, domain.name) == (7, "web")
+    assert [(nic.dev, nic.mac, getattr(nic, "bridge", None)) for nic in domain.vifs] == [
+        ("vif7.0", "00:16:3e:77:00:10", "xenbr0"),
+        ("vif7.1", "00:16:3e:77:00:11", None),
+    ]
+    assert [str(disk) for disk in domain.disks] == [
+        "phy:/dev/vg/web,xvda,w",
+        "drbd:r0,xvdd,w",
+        "file:/srv/a.iso,xvdc:cdrom,r",
+    ]
+    assert isinstance(domain.disks[0], vbd.VBD)
+    assert str(domain).startswith("VM 7 (web), vifs: [00:16:3e:77:00:10, ")
+
+
+def test_one_device_is_a_dictionary_several_are_a_list() -> None:
+    one = vm.parsedominfo(["domain", ["domid", 1], ["device", ["vif", ["mac", "a"]]]])
+    assert one == {"domid": 1, "device": {"vif": {"mac": "a"}}}
+    two = vm.parsedominfo(["domain", ["device", ["vif", ["mac", "a"]]], ["device", ["vif", ["mac", "b"]]], ["cpus", [[1]]], []])
+    assert two["device"]["vif"] == [{"mac": "a"}, {"mac": "b"}]
+
+
+def test_a_description_survives_its_way_through_dictionaries_and_text() -> None:
+    sxpr = dominfo.from_libxl(7, CONFIG)
+    parsed = vm.parsedominfo(sxpr)
+    assert vm.parsedominfo(vm.domtosxpr(parsed)) == parsed
+    assert image.parseheader(vm.sxprtostr(sxpr).encode())["name"] == "web"
+
+
+def test_the_name_of_a_disk_keeps_its_last_letters() -> None:
+    # the old module's rstrip(':disk') took them away
+    assert blkdev.BlkDev(dev="xvdd:disk", mode="w").dev == "xvdd"
+    with pytest.raises(blkdev.BlkDevException, match="no mode"):
+        blkdev.parse({"dev": "xvda"})
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def test_headers() -> None:
+    sxpr = dominfo.from_libxl(7, CONFIG)
+    header = image.makeheader(sxpr)
+    assert header.startswith(b"LinuxGuestRecord" + struct.pack("!i", len(header) - 20))
+    found = image.VMImage(io.BytesIO(header))
+    assert found.dom is not None
+    assert (found.dom["name"], found.colo) == ("web", False)
+    colo = image.makeheader(sxpr, colo=True)
+    assert len(colo) == len(header)
+    assert not colo.startswith(image.SIGNATURE.encode())
+    assert image.VMImage(io.BytesIO(colo)).colo
+    for broken in (b"", b"LinuxGuestRecor", header[:30], b"X" + header[1:]):
+        with pytest.raises(image.VMParseException):
+            image.VMImage(io.BytesIO(broken))
+
+
+def record(kind: int, body: bytes) -> bytes:
+    return libxc.RECORD.pack(kind, len(body)) + body + bytes(-len(body) % libxc.ALIGNMENT)
+
+
+def page_data(*pages: tuple[int, int]) -> bytes:
+    numbers = b"".join(struct.pack("<Q", pfn) for pfn, _ in pages)
+    body = b"".join(bytes([content]) * libxc.PAGE_SIZE for _, content in pages)
+    return record(libxc.PAGE_DATA, libxc.PAGE_DATA_PREFIX.pack(len(pages), 0) + numbers + body)
+
+
+CHECKPOINT = record(libxc.CHECKPOINT, b"")
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_series_of_checkpoints_becomes_the_last_of_them(tmp_path: Path, compact: bool) -> None:
+    start = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32) + record(0x10, b"")
+    (tmp_path / "0").write_bytes(start + page_data((0, 1), (1, 1)) + record(4, b"first") + CHECKPOINT)
+    (tmp_path / "1").write_bytes(page_data((1, 2)) + record(4, b"second") + CHECKPOINT)
+    (tmp_path / "2").write_bytes(page_data((0, 3)) + record(4, b"broken off"))
+    with open(tmp_path / "image", "wb") as out:
+        writer = image.Writer(out, compact)
+        for name in "012":
+            writer.slurp(str(tmp_path / name))
+        writer.close()
+    with open(tmp_path / "image", "rb") as made:
+        image.VMImage(made)
+        assert made.read(image.STREAM_HEADERS_BYTES).startswith(image.STREAM_MARKER)
+        pages, states, count = {}, [], 0
+        while True:
+            kind, batch = image.readbatch(made)
+            if kind == libxc.END:
+                break
+            if kind == libxc.PAGE_DATA:
+                for entry, page in image.parsebatch(batch):
+                    pages[entry] = page[0]
+                    count += 1
+            elif kind == 4:
+                states.append(batch[8:])
+        assert made.read() == b""
+    assert pages == {0: 1, 1: 2}
+    assert states == [b"second\0\0"]
+    assert count == (2 if compact else 3)
+
+
+# -- where checkpoints go --------------------------------------------------------------------------
+
+
+def test_a_file_for_each_round(tmp_path: Path) -> None:
+    path = tmp_path / "cp"
+    out = save.CheckpointingFile(str(path))
+    rounds = [os.urandom(300_000), b"", os.urandom(5)]
+    for number, data in enumerate(rounds):
+        if number:
+            out.checkpoint()
+        Plain(out.fileno()).deliver(number, memoryview(data))
+    out.close()
+    out.close()
+    names = [str(path), f"{path}.1", f"{path}.2"]
+    assert [Path(name).read_bytes() for name in names] == rounds
+
+
+def test_nothing_comes_of_a_null_socket() -> None:
+    null = save.NullSocket(("nowhere", 1))
+    null.write(b"gone")
+    null.flush()
+    assert os.fstat(null.fileno()).st_rdev == os.stat("/dev/null").st_rdev
+
+
+def test_a_migration_socket_says_who_does_not_answer() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(OSError, match=r"cannot connect to 127\.0\.0\.1 port"):
+        save.MigrationSocket(("127.0.0.1", port))
+
+
+def test_a_reader_that_is_gone() -> None:
+    read_fd, write_fd = os.pipe()
+    os.close(read_fd)
+    try:
+        with pytest.raises(PeerLost):
+            Plain(write_fd).live(b"x")
+    finally:
+        os.close(write_fd)
+
+
+def test_keepalive() -> None:
+    called = threading.Event()
+    calls: list[dict[str, Any]] = []
+
+    def method(**options: Any) -> None:
+        calls.append(options)
+        called.set()
+
+    keepalive = save.Keepalive(method, 0.001)
+    keepalive.start()
+    assert called.wait(30)
+    keepalive.stop()
+    keepalive.stop()
+    assert calls[-1] == {"stop": True}
+
+
+@pytest.mark.parametrize(("answer", "on"), [(None, True), (True, True), (1, True), (False, False), (0, False)])
+def test_what_a_callback_says(answer: object, on: bool) -> None:
+    assert goes_on(lambda: answer) is on
+    assert Calls(checkpoint=lambda: answer).committed() is on
+    if not on:
+        with pytest.raises(DomainError):
+            Calls(suspend=lambda: answer).suspended()
+    assert goes_on(None)
+    assert not Calls().committed()  # one checkpoint, without a callback
+
+
+def test_a_checkpointer_wants_to_be_opened_first() -> None:
+    with pytest.raises(checkpoint.error, match="not opened"):
+        checkpoint.checkpointer().start(open(os.devnull, "wb"))  # noqa: SIM115
+
+
+# -- devices ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uname", ["phy:/dev/vg/web", "file:/x", "tap:remus:host|aio:/x"])
+def test_disks_that_nothing_replicates(uname: str) -> None:
+    with pytest.raises(device.ReplicatedDiskException, match="Disk"):
+        device.ReplicatedDisk(blkdev.BlkDev(uname=uname, dev="xvda", mode="w"))
+
+
+def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "POOL_DIR", str(tmp_path / "remus"))
+    pool = device.Netbufpool(device.IFBBuffer)
+    one, other = pool.get(), device.Netbufpool(device.IFBBuffer).get()
+    assert one.devname != other.devname
+    pool.put(one)
+    assert pool.get().devname == one.devname
+    # an owner that is gone has nothing
+    pool.save({one.devname: 2**22 + 1, other.devname: 2**22 + 1})
+    assert pool.get().devname == one.devname
+
+
+def test_vifs() -> None:
+    nic = vif.parse({"mac": "0:16:3E:1:2:3", "bridge": "br0"}, 3, 1)
+    assert (nic.dev, str(nic), nic.bridge) == ("vif3.1", "00:16:3e:01:02:03", "br0")  # type: ignore[attr-defined]
+
+
+# -- messages --------------------------------------------------------------------------------------
+
+
+def test_a_plug_request() -> None:
+    plug = qdisc.PlugQdisc()
+    plug.action = qdisc.TC_PLUG_RELEASE_ONE
+    packed = qdisc.changerequest(5, qdisc.TC_H_ROOT, plug).pack()
+    message = netlink.nlmsg(packed)
+    assert (message.nlmsg_len, message.nlmsg_type, message.nlmsg_flags) == (len(packed), netlink.RTM_NEWQDISC, 1)
+    about = netlink.tcmsg(message.body)
+    assert (about.tcm_ifindex, about.tcm_parent) == (5, 0xFFFFFFFF)
+    attributes = {found.rta_type: found.body for found in netlink.rtattrlist(about.rta)}
+    assert attributes == {netlink.TCA_KIND: b"plug\0", netlink.TCA_OPTIONS: struct.pack("=iI", 1, plug.limit)}
+
+
+def test_qdiscs_by_kind() -> None:
+    assert isinstance(qdisc.Qdisc({"kind": "prio", "handle": 0x10000}), qdisc.PrioQdisc)
+    plug = qdisc.PlugQdisc()
+    plug.parse(["release"])
+    assert plug.action == qdisc.TC_PLUG_RELEASE_ONE
+    with pytest.raises(qdisc.QdiscException):
+        plug.parse(["nonsense"])
+    cfifo = qdisc.Qdisc({"kind": "cfifo", "handle": 0})
+    cfifo.parse(["epoch", "4", "vmid", "2"])
+    assert cfifo.optstr() == "epoch 4 vmID 2"
+
+
+@pytest.mark.parametrize("broken", [b"\x01\x00\x01\x00", b"\xff\x00\x01\x00abcd"])
+def test_attributes_that_cannot_be(broken: bytes) -> None:
+    with pytest.raises(netlink.RTNLException):
+        list(netlink.rtattrlist(broken))
+
+
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def test_commands() -> None:
+    assert util.runcmd(["echo", "a b"]) == "a b\n"
+    assert util.runcmd("echo 'a b'") == "a b\n"
+    with pytest.raises(util.PipeException, match="could not run nothing-of-that-name"):
+        util.runcmd("nothing-of-that-name")
+    with pytest.raises(util.PipeException) as failed:
+        util.runcmd(["sh", "-c", "echo why >&2; exit 3"])
+    assert failed.value.errno == 3
+    assert "why" in str(failed.value)
+    assert util.checkpid(os.getpid())
+    assert not util.checkpid(2**22 + 1)
+
+
+def test_a_lock_keeps_others_out(tmp_path: Path) -> None:
+    path = str(tmp_path / "pool")
+    with util.Lock(path):
+        child = os.fork()
+        if child == 0:
+            util.Lock(path)
+            os._exit(0)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_profiler(capsys: pytest.CaptureFixture[str]) -> None:
+    profiler = profile.Profiler()
+    profiler.enter("a")
+    profiler.enter("b")
+    profiler.exit("a")
+    words = [line.split()[1:3] for line in capsys.readouterr().out.splitlines()]
+    assert words == [["entered", "a"], ["entered", "b"], ["exited", "b"], ["exited", "a"]]
+    with pytest.raises(KeyError):
+        profiler.exit()
