@@ -10,8 +10,10 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cffi import FFI
+if TYPE_CHECKING:
+    from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 HEADERS = ("compare.h", "rewrite.h", "queue.h", "frames.h", "pump.h")  # what Python sees; each needs only those before it
@@ -45,6 +47,8 @@ def make_builder(base: Path | None = None, extra_args: Sequence[str] = (), extra
     :param extra_objects: object files to link in.
     """
 
+    from cffi import FFI  # not needed to find out that all is built
+
     def name(path: Path) -> str:
         return str(path if base is None else path.relative_to(base))
 
@@ -64,8 +68,10 @@ def make_builder(base: Path | None = None, extra_args: Sequence[str] = (), extra
     return builder
 
 
-# setuptools wants the names of sources relative to the project
-ffibuilder = make_builder(HERE.parents[1])
+def ffibuilder() -> FFI:
+    """For setuptools, which wants the names of sources relative to the project."""
+    return make_builder(HERE.parents[1])
+
 
 if __name__ == "__main__":
     make_builder().compile(verbose=True)
