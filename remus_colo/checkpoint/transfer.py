@@ -21,6 +21,7 @@ STATE_GRANTS = "grants"
 STATE_CONTEXT = "hvm-context"
 STATE_ZERO_GFNS = "zero-gfns"
 STATE_HASHES = "hashes"
+STATES = frozenset({STATE_GRANTS, STATE_CONTEXT, STATE_ZERO_GFNS, STATE_HASHES})
 STATE_PIECE_BYTES = 8 << 20  # half of what a STATE may have: the hashes of a guest of 4 GiB
 
 
@@ -69,8 +70,12 @@ def send(channel: Channel, snapshot: Snapshot) -> int:
 class Assembler:
     """Gathers the messages of one checkpoint until it is whole."""
 
-    def __init__(self, begin: Message) -> None:
+    def __init__(self, begin: Message, limit_pages: int | None = None) -> None:
+        """:raise MessageError: it announces more than ``limit_pages``."""
         self.epoch = begin.epoch
+        self._announced = int(begin.fields["pages"])
+        if limit_pages is not None and self._announced > limit_pages:
+            raise MessageError(f"checkpoint {self.epoch} is to have {self._announced} pages, at most {limit_pages} can be")
         self._fields = begin.fields
         self._digest = CheckpointDigest()
         self._pages: list[Pages] = []
@@ -82,10 +87,14 @@ class Assembler:
             raise MessageError(f"{message.type.name} of epoch {message.epoch} within checkpoint {self.epoch}")
         if message.type is MessageType.PAGES:
             pages = bulk.parse_pages(message.data)
+            if self._digest.pages + pages.count > self._announced:
+                raise MessageError(f"checkpoint {self.epoch} has more than the {self._announced} pages announced")
             self._pages.append(pages)
             self._digest.update([message.data], pages=pages.count)
         else:
             name, data = bulk.parse_state(message.data)
+            if name not in STATES:
+                raise MessageError(f"checkpoint {self.epoch} has a state {name!r}, which nobody knows")
             self._states[name] = self._states.get(name, b"") + bytes(data)
             self._digest.update([message.data])
 
@@ -107,9 +116,11 @@ class Assembler:
                 shared_info_gfn=int(self._fields["shared_info_gfn"]),
                 xen_time_ns=int(self._fields["xen_time_ns"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise MessageError(f"checkpoint {self.epoch} lacks a part or has a malformed one: {error!r}") from error
 
 
 def _events(raw: Sequence[Sequence[int]]) -> list[EventChannel]:
-    return [EventChannel(port, EvtchnKind(kind), vcpu, detail) for port, kind, vcpu, detail in raw]
+    return [
+        EventChannel(int(port), EvtchnKind(int(kind)), int(vcpu), int(detail)) for port, kind, vcpu, detail in raw
+    ]

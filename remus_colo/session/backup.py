@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import ipaddress
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -26,11 +28,12 @@ from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
 from remus_colo.checkpoint.mode import MAX_BEHIND_NS
 from remus_colo.checkpoint.svm import Received, SvmEngine
 from remus_colo.checkpoint.transfer import Assembler
-from remus_colo.errors import DomainError, ExitStatus, MessageError, RemusError, XenError
+from remus_colo.errors import ConfigError, DomainError, ExitStatus, MessageError, RemusError, XenError
 from remus_colo.failover.arbiter import LanProbe, Verdict
 from remus_colo.failover.backup import BackupAction as A
 from remus_colo.failover.backup import BackupEvent as E
 from remus_colo.failover.backup import BackupMachine, BackupState, UnknownPolicy
+from remus_colo.options import check_word
 from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.proxy.primary_path import Tunnel
@@ -64,6 +67,16 @@ class BackupConfig:
     unknown: UnknownPolicy = UnknownPolicy.STAND_DOWN
 
 
+# Six hexadecimal digits, which become part of links' names.
+_TAG = re.compile(r"[0-9a-f]{6}")
+SPECIAL_PAGES = 16384
+
+
+def _address(text: str | None) -> str | None:
+    """:raise ValueError: it is no address, or TypeError: it is nothing like one."""
+    return None if text is None else str(ipaddress.ip_address(str(text)))
+
+
 @dataclass(frozen=True, slots=True)
 class Creation:
     """A CREATE message, checked."""
@@ -85,24 +98,39 @@ class Creation:
         try:
             tunnel = fields["tunnel"]
             vifs = tunnel["vifs"]
+            config = dict(fields["config"])
+            name = config["c_info"]["name"]
+            if not isinstance(name, str):
+                raise TypeError(f"the domain's name is {name!r}")
+            check_word("the domain", name)
+            if not _TAG.fullmatch(tunnel["tag"]):
+                raise ValueError(f"{tunnel['tag']!r} is no tag")
             return cls(
                 name=str(fields["name"]),
                 mode=Mode(fields["mode"]),
-                config=dict(fields["config"]),
-                tag=str(int(str(tunnel["tag"]), 16) and tunnel["tag"])[:6],
+                config=config,
+                tag=tunnel["tag"],
                 same_host=bool(tunnel["same_host"]),
                 tunnels={
-                    int(vif["handle"]): Tunnel(int(vif["vni"]), int(vif["port"]), vif["local"], vif["remote"])
+                    int(vif["handle"]): Tunnel(
+                        int(vif["vni"]), int(vif["port"]), _address(vif["local"]), _address(vif["remote"])
+                    )
                     for vif in vifs
                 },
                 mtus={int(vif["handle"]): int(vif["mtu"]) for vif in vifs},
-                heartbeat=HeartbeatConfig(
-                    float(fields["heartbeat"]["interval_s"]), float(fields["heartbeat"]["timeout_s"])
-                ),
+                heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
                 clock_offset_ns=None if fields.get("clock_offset_ns") is None else int(fields["clock_offset_ns"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (ConfigError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
+
+    @property
+    def limit_pages(self) -> int | None:
+        """More pages than these are no checkpoint of that guest: twice its memory, for what Xen adds to it."""
+        try:
+            return int(self.config["b_info"]["max_memkb"]) // 2 + SPECIAL_PAGES
+        except (KeyError, OverflowError, TypeError, ValueError):
+            return None
 
 
 @dataclass(slots=True)
@@ -228,7 +256,7 @@ class BackupSession:
                 self._epoch = message.epoch
                 self._handle(E.PREPARE)
             elif kind is MessageType.CHECKPOINT_BEGIN:
-                self._assembler = Assembler(message)
+                self._assembler = Assembler(message, self.creation.limit_pages)
                 self._handle(E.CHECKPOINT_BEGIN)
             elif kind in (MessageType.PAGES, MessageType.STATE):
                 if self._assembler is not None:  # else of a checkpoint that was given up

@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from remus_colo.adapters.xenctrl import Clock
 from remus_colo.errors import PeerLost, RemusError
@@ -28,12 +29,26 @@ STUCK_TIMEOUTS = 4.0
 SELF_LIMIT = 0.4
 PROBE_WINDOW = 0.5
 BYE_TIMEOUT_S = 0.2
+# What a primary may ask for: options.py has no less than a millisecond.
+MIN_INTERVAL_S = 0.001
+MAX_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatConfig:
     interval_s: float
     timeout_s: float
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> HeartbeatConfig:
+        """What a primary asks for in CREATE.
+
+        :raise KeyError, TypeError, ValueError: it lacks a part, or asks for what would keep us busy, or blind.
+        """
+        interval_s, timeout_s = float(fields["interval_s"]), float(fields["timeout_s"])
+        if not MIN_INTERVAL_S <= interval_s < timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"heartbeats every {interval_s} s with a time-out of {timeout_s} s")
+        return cls(interval_s, timeout_s)
 
 
 class Peer:

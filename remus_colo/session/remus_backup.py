@@ -75,11 +75,9 @@ class RemusCreation:
                 config=config,
                 same_host=bool(fields["tunnel"]["same_host"]),
                 handles=tuple(int(handle) for handle in fields["tunnel"]["vifs"]),
-                heartbeat=HeartbeatConfig(
-                    float(fields["heartbeat"]["interval_s"]), float(fields["heartbeat"]["timeout_s"])
-                ),
+                heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
 
 
