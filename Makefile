@@ -13,7 +13,9 @@ KIND ?= primary
 XEN ?= $(if $(filter clock,$(KIND)),patched,debian)
 SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
-.PHONY: help setup demo test test-here test-e2e check-patches soak bench bench-compare lint clean
+FUZZ_SECONDS ?= 600
+
+.PHONY: help setup demo test test-here test-e2e check-patches soak bench bench-compare fuzz lint clean
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
@@ -22,6 +24,7 @@ help:
 	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
 	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
+	@echo 'make fuzz     attack the receiving daemon, without Xen: FUZZ_SECONDS=600'
 	@echo 'make lint     ruff'
 	@echo 'make clean    remove what was built in this tree'
 
@@ -54,6 +57,10 @@ bench: setup
 
 bench-compare: setup
 	@$(TEST_PYTHON) -m remus_colo.bench
+
+# no crash, no leak, no hang: its last line has the figures
+fuzz: setup
+	PYTHONPATH=. $(TEST_PYTHON) tests/fuzz/fuzz_receiver.py --seconds $(FUZZ_SECONDS)
 
 lint:
 	ruff check .
