@@ -75,6 +75,7 @@ class Server:
     :param operations: by name, as clients ask for them.
     :param allows: decides about an address and the name that it has, empty if it has not been looked up or has none.
     :param event: told of each refusal that is logged.
+    :param throttle: which those are.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Server:
         half_open_limit: int,
         open_timeout_s: float = OPEN_TIMEOUT_S,
         event: Callable[..., None] = lambda name, /, **fields: None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.listeners = tuple(listeners)
         self.admission = Admission(half_open_limit)
@@ -93,7 +95,7 @@ class Server:
         self._allows = allows
         self._open_timeout_s = open_timeout_s
         self._event = event
-        self._throttle = Throttle()
+        self._throttle = throttle or Throttle()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self._half_open: set[socket.socket | Channel] = set()

@@ -23,6 +23,7 @@ from remus_colo.errors import PeerLost
 from remus_colo.failover.backup import BackupEvent, BackupState
 from remus_colo.options import TlsFiles
 from remus_colo.relocation import bulk, listen, tls
+from remus_colo.relocation.admission import Throttle
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.handshake import COLO
 from remus_colo.relocation.pairing import Pairing
@@ -149,6 +150,7 @@ class Receiver:
             half_open_limit=64,
             open_timeout_s=OPEN_TIMEOUT_S,
             event=self._event,
+            throttle=Throttle(burst=1 << 62),  # they are to be counted
         )
         self.port, self.ssl_port = (listener.port for listener in self.server.listeners)
         self._thread = threading.Thread(target=self.server.run, name="accept")
@@ -156,7 +158,7 @@ class Receiver:
 
     def _event(self, name: str, /, **fields: Any) -> None:
         if name == "refused":
-            self.refused += 1 + fields["unlogged"]
+            self.refused += 1
         elif name == "applied":
             self.applied += 1
 
