@@ -15,7 +15,7 @@ from remus_colo.adapters import kmod, toolstack
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import refuse_stopped
+from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.periodic import RoundTimes
 from remus_colo.devices import netbuffer
 from remus_colo.devices.device import CheckpointedDevice, DeviceSet
@@ -48,10 +48,11 @@ def run(options: RemusOptions) -> int:
         with Guest(domid, writable=False) as guest:
             refuse_stopped(name, guest.info())
         config = toolstack.domain_config(domid)
+        refuse_for_remus(name, config)
         disks = replicated_disks(name, config.get("disks", []), blackhole=options.blackhole, no_disk=options.no_disk)
         kmod.load("xen_netback", "the guest's network")
         console = stack.enter_context(RemusConsole(options, name))
-        engine = RemusEngine(domid, store, device_model=_kind(config) == "hvm")
+        engine = RemusEngine(domid, store)
         try:
             if not engine.dirty_log:
                 console.event("no-dirty-log")
@@ -66,10 +67,6 @@ def run(options: RemusOptions) -> int:
             return _protect(options, name, engine, store, devices, control, data, console)
         finally:
             engine.close()
-
-
-def _kind(config: dict[str, Any]) -> str:
-    return str(config.get("b_info", {}).get("type") or config.get("c_info", {}).get("type"))
 
 
 def _buffers(vifs: tuple[Vif, ...], options: RemusOptions) -> list[CheckpointedDevice]:

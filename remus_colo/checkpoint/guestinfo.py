@@ -55,7 +55,7 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
     :param config: libxl's JSON configuration.
     :raise DomainError: with the reason.
     """
-    kind = config.get("b_info", {}).get("type") or config.get("c_info", {}).get("type")
+    kind = domain_kind(config)
     if kind == "pv":
         raise DomainError(
             f"{name} is a PV guest, and COLO needs hardware virtualization: change it to type=\"pvh\" "
@@ -104,3 +104,17 @@ def refuse_stopped(name: str, info: DomainInfo) -> None:
         raise DomainError(f"{name} is not running (it is shutting down or crashed): start it first")
     if info.paused:
         raise DomainError(f"{name} is paused: unpause it first (xl unpause {name})")
+
+
+def refuse_for_remus(name: str, config: dict[str, Any]) -> None:
+    """:raise DomainError: the domain is of a kind that Remus without COLO does not take either."""
+    if domain_kind(config) == "hvm":
+        raise DomainError(
+            f"{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type=\"pvh\""
+        )
+
+
+def domain_kind(config: dict[str, Any]) -> str | None:
+    """``pv``, ``pvh`` or ``hvm``, of libxl's JSON configuration."""
+    kind = config.get("b_info", {}).get("type") or config.get("c_info", {}).get("type")
+    return None if kind is None else str(kind)
