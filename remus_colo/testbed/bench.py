@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What protection costs: the same load on the unprotected guest and under ``remus --colo``, in one run.
+"""What protection costs: the same load on the unprotected guest, under ``remus --colo``, and under ``remus`` without it, in one
+run; and how long the guest stands still for a checkpoint, beside Xen's own ``xl remus``.
 
 ``python3 -m remus_colo.testbed.bench``.  Emulated hosts are slow and noisy: the ratios say something, the times do
 not.  Prints a table, and as the last line one JSON object.
@@ -16,7 +17,7 @@ import sys
 from typing import Any, NoReturn
 
 from remus_colo.errors import RemusError
-from remus_colo.testbed import machine, scenario_figures
+from remus_colo.testbed import machine, scenario_figures, scenario_standstill
 from remus_colo.testbed.bed import Bed
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import Protection
@@ -25,6 +26,12 @@ from remus_colo.testbed.scenario_load import Result
 log = logging.getLogger(__name__)
 
 _FIGURES = ("rate", "p50_ms", "p99_ms")
+INTERVALS_MS = (200, 25)
+UNPROTECTED, COLO = "unprotected", "colo"
+
+
+def remus_kind(interval_ms: int) -> str:
+    return f"remus {interval_ms} ms"
 
 
 def measure(bed: Bed, rounds: int, seconds: float, load: dict[str, Any], remus: dict[str, Any]) -> dict[str, Any]:
@@ -32,38 +39,53 @@ def measure(bed: Bed, rounds: int, seconds: float, load: dict[str, Any], remus: 
 
     :raise BedError: a load had something to complain of.
     """
-    results: dict[str, list[Result]] = {"unprotected": [], "colo": []}
-    events: list[dict[str, Any]] = []
+    kinds = (UNPROTECTED, COLO, *(remus_kind(interval_ms) for interval_ms in INTERVALS_MS))
+    results: dict[str, list[Result]] = {kind: [] for kind in kinds}
+    events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     shares = []
     with Protection(bed) as protection:
         protection.ensure_guest()
         protection.start_daemon()
         for number in range(1, rounds + 1):
             log.info("round %d: unprotected", number)
-            results["unprotected"].append(protection.load(seconds, **load))
+            results[UNPROTECTED].append(protection.load(seconds, **load))
             log.info("round %d: remus --colo", number)
             run = protection.protect(**remus)
-            results["colo"].append(protection.load(seconds, **load))
+            results[COLO].append(protection.load(seconds, **load))
             protection.stop()
-            events += run.events
+            events[COLO] += run.events
             shares.append(scenario_figures.released_share(run.events))
+            for interval_ms in INTERVALS_MS:
+                kind = remus_kind(interval_ms)
+                log.info("round %d: %s", number, kind)
+                run = protection.protect(colo=False, interval=interval_ms)
+                results[kind].append(protection.load(seconds, **load))
+                protection.stop()
+                events[kind] += run.events
+        standstill = scenario_standstill.compare(protection, INTERVALS_MS, seconds)
     for kind, found in results.items():
         for result in found:
             if result["errors"]:
                 raise BedError(f"the load on the {kind} guest saw {result['errors']} errors: nothing to be compared")
-    pauses = scenario_figures.pauses_ms(events)
     known = [share for share in shares if share is not None]
     return {
         "rounds": rounds,
         "seconds": seconds,
         **{kind: figures(found) for kind, found in results.items()},
-        "checkpoints": scenario_figures.checkpoints(events),
-        "pause_ms": {
-            "count": len(pauses),
-            "p50": scenario_figures.quantile(pauses, 0.5),
-            "p99": scenario_figures.quantile(pauses, 0.99),
-        },
+        "checkpoints": scenario_figures.checkpoints(events[COLO]),
+        "pause_ms": pauses(events[COLO]),
+        "remus_pause_ms": {kind: pauses(events[kind]) for kind in kinds if kind not in (UNPROTECTED, COLO)},
+        "standstill_ms": standstill,
         "released_without_checkpoint": round(sum(known) / len(known), 4) if known else None,
+    }
+
+
+def pauses(events: list[dict[str, Any]]) -> dict[str, Any]:
+    found = scenario_figures.pauses_ms(events)
+    return {
+        "count": len(found),
+        "p50": scenario_figures.quantile(found, 0.5),
+        "p99": scenario_figures.quantile(found, 0.99),
     }
 
 
@@ -78,22 +100,21 @@ def figures(results: list[Result]) -> dict[str, dict[str, float]]:
 
 def report(found: dict[str, Any]) -> str:
     """The result for people."""
-    rows: list[tuple[object, ...]] = [
-        ("", "unprotected/s", "colo/s", "ratio", "p50 ms", "colo p50", "p99 ms", "colo p99")
-    ]
-    for name, plain in found["unprotected"].items():
-        colo = found["colo"][name]
-        ratio = round(colo["rate"] / plain["rate"], 2) if plain["rate"] else None
-        rows.append((name, plain["rate"], colo["rate"], ratio, plain["p50_ms"], colo["p50_ms"], plain["p99_ms"],
-                     colo["p99_ms"]))  # fmt: skip
-    pause = found["pause_ms"]
+    kinds = [kind for kind in found if isinstance(found[kind], dict) and "all" in found[kind]]
+    rows: list[tuple[object, ...]] = [("", *(f"{kind}/s" for kind in kinds), *(f"{kind} p50 ms" for kind in kinds))]
+    for name in found[UNPROTECTED]:
+        rows.append((name, *(found[kind][name]["rate"] for kind in kinds), *(found[kind][name]["p50_ms"] for kind in kinds)))
+    plain = found[UNPROTECTED]["all"]["rate"]
+    ratios = ", ".join(f"{kind} {found[kind]['all']['rate'] / plain:.2f}" for kind in kinds if plain and kind != UNPROTECTED)
     counts = ", ".join(f"{reason} {count}" for reason, count in found["checkpoints"].items())
-    return "\n".join([
-        scenario_figures.table(rows),
-        f"checkpoints: {counts}",
-        f"pause per checkpoint: p50 {pause['p50']} ms, p99 {pause['p99']} ms ({pause['count']} of them)",
-        f"left without waiting for a checkpoint: {found['released_without_checkpoint']}",
-    ])  # fmt: skip
+    lines = [scenario_figures.table(rows), f"rate, of the unprotected guest's: {ratios}", f"checkpoints of COLO: {counts}"]
+    for kind, pause in ((COLO, found["pause_ms"]), *found["remus_pause_ms"].items()):
+        lines.append(f"pause per checkpoint, {kind}: p50 {pause['p50']} ms, p99 {pause['p99']} ms ({pause['count']} of them)")
+    for interval_ms, by_tool in found["standstill_ms"].items():
+        for tool, seen in by_tool.items():
+            lines.append(f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them)")
+    lines.append(f"left without waiting for a checkpoint, COLO: {found['released_without_checkpoint']}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:

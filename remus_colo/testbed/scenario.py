@@ -38,6 +38,7 @@ COMPARE_TIMEOUT_MS = 3000
 FAILOVER_MIN_S = HEARTBEAT_TIMEOUT_MS / 1000 / 2
 
 GUEST_TIMEOUT_S = 240.0
+PV_MEMORY_MB = 192
 PROTECT_TIMEOUT_S = 240.0
 DAEMON_TIMEOUT_S = 60.0
 CLIENT_TIMEOUT_S = 60.0
@@ -68,10 +69,18 @@ class Protection:
 
     # -- the parts
 
-    def start_guest(self, host: str = "primary", name: str = GUEST) -> None:
-        """Create the guest and wait until all its services listen (10 to 20 s)."""
+    def start_guest(self, host: str = "primary", name: str = GUEST, *, pv: bool = False) -> None:
+        """Create the guest and wait until all its services listen (10 to 20 s).
+
+        :param pv: as a PV guest, smaller: it is copied whole at each checkpoint.
+        """
         console = shlex.quote(GUEST_LOG.format(domain=name))
-        self.bed.exec(host, f"rm -f {console}; xl create -q /domu/{shlex.quote(name)}.cfg", GUEST_TIMEOUT_S)
+        config = f"/domu/{shlex.quote(name)}.cfg"
+        if pv:
+            changes = f"-e 's/^type=.*/type=\"pv\"/' -e 's/^memory=.*/memory={PV_MEMORY_MB}/'"
+            self.bed.exec(host, f"sed {changes} {config} > /run/pv.cfg")
+            config = "/run/pv.cfg"
+        self.bed.exec(host, f"rm -f {console}; xl create -q {config}", GUEST_TIMEOUT_S)
         self.bed.exec(
             host,
             f"timeout {GUEST_TIMEOUT_S:.0f} sh -c 'until grep -qs \"GUEST READY\" {console}; do sleep 0.2; done' "
@@ -79,10 +88,10 @@ class Protection:
             GUEST_TIMEOUT_S + 30,
         )
 
-    def ensure_guest(self) -> None:
+    def ensure_guest(self, *, pv: bool = False) -> None:
         """The guest runs on the primary and answers; a guest that is there is taken as it is."""
         if GUEST not in self.domains("primary"):
-            self.start_guest()
+            self.start_guest(pv=pv)
         self.http_get("/1k")
 
     def start_daemon(self, host: str = "backup", **options: Any) -> Run:
@@ -93,22 +102,36 @@ class Protection:
         return run
 
     def protect(
-        self, domain: str = GUEST, destination: str = "backup", *, host: str = "primary", **options: Any
+        self,
+        domain: str = GUEST,
+        destination: str = "backup",
+        *,
+        host: str = "primary",
+        colo: bool = True,
+        **options: Any,
     ) -> Run:
-        """``remus --colo``, once the guest is protected.
+        """``remus --colo``, or without ``colo`` plain ``remus``, once the guest is protected.
 
         :raise BedError: it ended before; :raise BedTimeout: it takes too long. Both show the ends of its logs.
         """
-        run = self.start_remus(domain, destination, host=host, **options)
+        run = self.start_remus(domain, destination, host=host, colo=colo, **options)
         run.wait_event("protected", PROTECT_TIMEOUT_S)
         return run
 
     def start_remus(
-        self, domain: str = GUEST, destination: str = "backup", *, host: str = "primary", **options: Any
+        self,
+        domain: str = GUEST,
+        destination: str = "backup",
+        *,
+        host: str = "primary",
+        colo: bool = True,
+        **options: Any,
     ) -> Run:
         """As :meth:`protect`, without waiting."""
-        options = {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS, "compare_timeout": COMPARE_TIMEOUT_MS} | options
-        run = self._start(host, ["remus", "--colo", *words(options), domain, destination])
+        given: dict[str, Any] = {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS}
+        if colo:
+            given |= {"colo": True, "compare_timeout": COMPARE_TIMEOUT_MS}
+        run = self._start(host, ["remus", *words(given | options), domain, destination])
         self.primary = run
         return run
 

@@ -22,10 +22,10 @@ _COMMANDS = {
 }
 _MARK = "== "
 _LINK = re.compile(r"\d+: (?P<name>[^:@]+)[:@].*?(?: master (?P<master>\S+))?(?: state .*)?$")
-_OURS_LINK = re.compile(r"rc[ptb][0-9a-f]{6}\.\d+")
+_OURS_LINK = re.compile(r"rc[ptbi][0-9a-f]{6}\.\d+")
 # The commands themselves, by whatever interpreter, and the xl that restores or saves a guest for them.
-_OURS_PROCESS = re.compile(r"(\S*python\S* )?\S*/?remusd?( |$)|(\S*/)?xl (restore|save)( |$)")
-_OURS_QDISC = re.compile(r"qdisc (plug \S+ dev |(ingress|clsact) \S+ dev vif|\S+ \S+ dev rc[ptb][0-9a-f]{6}\.)")
+_OURS_PROCESS = re.compile(r"(\S*python\S* )?\S*/?remusd?( |$)|(\S*/)?xl (restore|save|migrate-receive)( |$)")
+_OURS_QDISC = re.compile(r"qdisc (plug \S+ dev |(ingress|clsact) \S+ dev vif|\S+ \S+ dev rc[ptbi][0-9a-f]{6}\.)")
 _OURS_TABLE = re.compile(r"table \S+ remus_colo_")
 
 
@@ -49,7 +49,7 @@ class HostState:
         found += [line for line in self.qdiscs if _OURS_QDISC.match(line)]
         found += [line for line in self.tables if _OURS_TABLE.match(line)]
         found += [f"process {line}" for line in self.processes]
-        found += [f"domain {name}" for name, _ in self.domains if name.endswith("--secondary")]
+        found += [f"domain {name}" for name, _ in self.domains if name.endswith(("--secondary", "--incoming"))]
         return sorted(found)
 
 

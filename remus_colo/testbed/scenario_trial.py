@@ -33,6 +33,8 @@ class Plan:
     :ivar seconds: how long the load lasts.
     :ivar load: further options of the load.
     :ivar remus: options of ``remus``.
+    :ivar colo: with ``--colo``.
+    :ivar pv: the guest is PV.
     """
 
     kind: str
@@ -40,6 +42,8 @@ class Plan:
     seconds: float
     load: dict[str, Any]
     remus: dict[str, Any]
+    colo: bool = True
+    pv: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,11 @@ def run(protection: Protection, plan: Plan, step: Step = quiet) -> Outcome:
     :raise BedError: the guest could not be protected, or the load did not run.
     """
     with step(f"starting the guest '{GUEST}' on the primary", "10 to 40 s"):
-        protection.ensure_guest()
+        protection.ensure_guest(pv=plan.pv)
     with step("starting remusd on the backup", "some seconds"):
         daemon = protection.start_daemon()
-    with step(f"protecting it: remus --colo {GUEST} backup", "20 to 60 s"):
-        remus = protection.protect(**plan.remus)
+    with step(f"protecting it: remus {'--colo ' if plan.colo else ''}{GUEST} backup", "20 to 60 s"):
+        remus = protection.protect(colo=plan.colo, **plan.remus)
     with step(f"the client's load runs; after {plan.kill_after_s:.1f} s the {plan.kind} host loses its power",
               f"{plan.seconds:.0f} s"):  # fmt: skip
         load = protection.start_load(plan.seconds, **(LOAD | plan.load))
@@ -97,7 +101,7 @@ def run(protection: Protection, plan: Plan, step: Step = quiet) -> Outcome:
         mode=mode,
         load=result,
         checkpoints=scenario_figures.checkpoints(remus.events),
-        released_without_checkpoint=scenario_figures.released_share(remus.events),
+        released_without_checkpoint=scenario_figures.released_share(remus.events) if plan.colo else None,
         failover_ms=failover_ms,
         faults=faults,
     )

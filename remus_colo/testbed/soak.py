@@ -59,7 +59,8 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
         kind = options.kind if options.kind != "mixed" else ("primary", "backup")[number % 2]
         after_s = chance.uniform(KILL_EARLIEST_S, KILL_LATEST_S)
         load = {"random_every": 5, "udp": 2}
-        plan = Plan(kind, after_s, after_s + AFTERWARDS_S, load, _remus_options(options))
+        pv = options.guest == "pv"
+        plan = Plan(kind, after_s, after_s + AFTERWARDS_S, load, _remus_options(options), options.mode == "colo", pv)
         outcome, faults = _try(bed, options, plan, directory / f"{number}")
         rows.append(_row(number, plan, outcome))
         figures = {"number": number, "kind": kind, "kill_after_s": round(after_s, 2), "faults": faults}
@@ -77,7 +78,7 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
             print(f"    {fault}", flush=True)
     print("\n" + table(rows))
     failed = [run["number"] for run in runs if run["faults"]]
-    found = {"kind": options.kind, "seed": options.seed, "skew_s": options.skew, "failed": failed, "runs": runs,
+    found = {"mode": options.mode, "guest": options.guest, "kind": options.kind, "seed": options.seed, "skew_s": options.skew, "failed": failed, "runs": runs,
              "heartbeat_timeout_ms": HEARTBEAT_TIMEOUT_MS}  # fmt: skip
     return found, not failed
 
@@ -98,7 +99,8 @@ def _try(bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path) -> 
 
 
 def _remus_options(options: argparse.Namespace) -> dict[str, Any]:
-    return {"checkpoint": options.checkpoint} if options.checkpoint else {}
+    given = {"checkpoint": options.checkpoint, "interval": options.interval}
+    return {name: value for name, value in given.items() if value}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -114,8 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
     add("--timer", type=int, default=10, metavar="MS", help="of the guest's watch, for clock (default: %(default)s)")
     add("--xen", default="debian", metavar="XEN", help="as for the bed's up: 'debian', 'patched' or a file")
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), help="as for remus")
+    add("--mode", choices=("colo", "remus"), default="colo", help="how the guest is protected (default: %(default)s)")
+    add("--interval", type=int, metavar="MS", help="as for remus, without COLO")
+    add("--guest", choices=("pvh", "pv"), default="pvh", help="its kind; pv only without COLO (default: %(default)s)")
     add("--logs", type=Path, metavar="DIR", help="where to keep the logs of what went wrong (a new directory in /tmp)")
     options = parser.parse_args(arguments)
+    if options.mode == "remus" and options.kind in ("memory", "clock"):
+        parser.error(f"--kind {options.kind} is about COLO")
+    if options.mode == "colo" and options.guest == "pv":
+        parser.error("COLO does not take PV guests: give --mode remus")
     options.n = options.n or DEFAULT_COUNT.get(options.kind, 10)
     options.seed = int(time.time()) if options.seed is None else options.seed
     directory = options.logs or Path(tempfile.mkdtemp(prefix="remus_colo-soak-"))

@@ -174,11 +174,18 @@ def test_growth_is_told_from_noise() -> None:
 def test_the_benchs_report() -> None:
     figures = bench.figures([load_result(rate=10.0), load_result(rate=20.0)])
     assert figures["all"]["rate"] == 15.0
+    slow, nothing = bench.figures([load_result(rate=7.5)]), {"count": 0, "p50": None, "p99": None}
     found = {
+        "rounds": 1,
         "unprotected": figures,
-        "colo": bench.figures([load_result(rate=7.5)]),
+        "colo": slow,
+        "remus 200 ms": bench.figures([load_result(rate=3.0)]),
         "checkpoints": {"start": 1},
-        "pause_ms": {"count": 0, "p50": None, "p99": None},
+        "pause_ms": nothing,
+        "remus_pause_ms": {"remus 200 ms": nothing},
+        "standstill_ms": {"200": {"xl remus": {"count": 3, "p50": 80.0, "p99": 90.0}}},
         "released_without_checkpoint": 0.99,
     }
-    assert "0.5" in bench.report(found).splitlines()[1].split()
+    shown = bench.report(found)
+    assert "rate, of the unprotected guest's: colo 0.50, remus 200 ms 0.20" in shown
+    assert "standstill that a client sees, xl remus -i 200: p50 80.0 ms, p99 90.0 ms (3 of them)" in shown

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""How long a guest stands still for a checkpoint, as a client sees it: our ``remus`` beside Xen's own ``xl remus``.
+
+Both replicate to nowhere and hold no output, so that all a client notices of a checkpoint is that the guest does not answer
+while it is stopped.  A stream of datagrams, each sent when the answer to the one before is there, has one answer for each checkpoint that
+is late by just that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from remus_colo.testbed import scenario_figures
+from remus_colo.testbed.scenario import GUEST, Protection
+
+log = logging.getLogger(__name__)
+
+# One stream, as fast as answers come, and nothing else.
+LOAD = {"redis": 0, "http": 0, "echo": 0, "udp": 1, "rate": 0, "gap_ms": 1}
+OURS, XL = "remus --blackhole --no-net", "xl remus -F -b -n"
+BEGIN_TIMEOUT_S = 120.0
+END_TIMEOUT_S = 60.0
+
+
+def compare(protection: Protection, intervals_ms: tuple[int, ...], seconds: float) -> dict[str, dict[str, Any]]:
+    """Figures by interval and tool. Ends with a guest made anew: ``xl remus`` may leave it suspended.
+
+    :raise BedError: one of them did not run.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for interval_ms in intervals_ms:
+        found[str(interval_ms)] = {}
+        for tool, checkpoints in ((OURS, _ours), (XL, _xl)):
+            log.info("standstill: %s -i %d", tool, interval_ms)
+            quiet_ms = _longest_ms(protection, seconds / 3)
+            with checkpoints(protection, interval_ms):
+                gaps_ms = _gaps_ms(protection, seconds)
+            # What takes longer than anything without checkpoints is one.
+            seen = [gap_ms for gap_ms in gaps_ms if gap_ms > quiet_ms]
+            found[str(interval_ms)][tool] = {
+                "count": len(seen),
+                "p50": scenario_figures.quantile(seen, 0.5),
+                "p99": scenario_figures.quantile(seen, 0.99),
+                "longest_without_ms": quiet_ms,
+            }
+    return found
+
+
+def _gaps_ms(protection: Protection, seconds: float) -> list[float]:
+    load = protection.start_load(seconds, **LOAD)
+    load.result()
+    return [round((end_s - start_s) * 1000, 1) for start_s, end_s in load.gaps()]
+
+
+def _longest_ms(protection: Protection, seconds: float) -> float:
+    return max(_gaps_ms(protection, seconds), default=0.0)
+
+
+@contextlib.contextmanager
+def _ours(protection: Protection, interval_ms: int) -> Iterator[None]:
+    run = protection.start_remus(colo=False, blackhole=True, no_net=True, interval=interval_ms)
+    run.wait_event("blackhole", BEGIN_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        run.stop()
+
+
+@contextlib.contextmanager
+def _xl(protection: Protection, interval_ms: int) -> Iterator[None]:
+    bed = protection.bed
+    # A destination is wanted, and not used.
+    command = f"xl remus -F -b -n -i {interval_ms} {GUEST} nowhere"
+    with bed.popen("primary", command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline_s = time.monotonic() + BEGIN_TIMEOUT_S
+        # It prints nothing when it has begun: the guest is then seen suspended now and then.
+        look = "for i in $(seq 600); do xl list web | grep -q -- '---s' && exit 0; sleep 0.05; done; exit 1"
+        bed.exec("primary", look, max(1.0, deadline_s - time.monotonic()))
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait(END_TIMEOUT_S)
+            bed.exec("primary", f"xl destroy {GUEST}", check=False)
+            protection.start_guest()
+            protection.http_get("/1k")

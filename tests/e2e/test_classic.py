@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Remus without COLO: failovers, a clean end, and a script that knows only the modules of Xen 4.4."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from remus_colo.testbed import scenario_trial
+from remus_colo.testbed.scenario import GUEST, Protection
+from remus_colo.testbed.scenario_trial import Plan
+
+SCRIPT = Path(__file__).parent / "classic_script.py"
+AFTERWARDS_S = 15.0
+# A PV guest is copied whole at each checkpoint, which takes emulated hosts seconds.
+PV_AFTERWARDS_S = 40.0
+LOAD = {"redis": 4, "http": 4, "echo": 2}
+SCRIPT_TIMEOUT_S = 300.0
+
+
+def test_a_script_of_the_classic_interface(protection: Protection) -> None:
+    """It protects to nowhere, with output held, and tells when each phase was."""
+    protection.ensure_guest()
+    before = protection.state("primary")
+    protection.bed.push("primary", SCRIPT, "/root/classic_script.py")
+    done = protection.bed.exec("primary", f"python3 /root/classic_script.py {GUEST} 5", SCRIPT_TIMEOUT_S, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["rounds"] == 5
+    # What the interface promises: the hooks of a device, around each checkpoint, in this order.
+    assert told["calls"] == ["postsuspend", "preresume", "commit"] * 5
+    assert all(round["suspended_s"] <= round["resuming_s"] <= round["committed_s"] for round in told["times"])
+    assert told["nics"] == 1
+    assert told["domain"] == GUEST
+    protection.http_get("/1k")
+    assert protection.state("primary") == before
+
+
+def test_ending_it_leaves_the_guest_as_it_was(protection: Protection) -> None:
+    protection.ensure_guest()
+    before = {host: protection.state(host) for host in ("primary", "backup")}
+    protection.start_daemon()
+    remus = protection.protect(colo=False)
+    result = protection.load(10, **LOAD)
+    assert scenario_trial.client_faults(result) == []
+    remus.wait_event("checkpoint", 60, epoch=5)
+    assert remus.stop() == 0
+    protection.http_get("/1k")
+    protection.close()
+    for host, state in before.items():
+        assert protection.state(host) == state, host
+
+
+@pytest.mark.parametrize("kind", ["primary", "backup"])
+def test_failover(protection: Protection, chance: random.Random, kind: str) -> None:
+    after_s = chance.uniform(2, 6)
+    outcome = scenario_trial.run(
+        protection, Plan(kind, after_s, after_s + AFTERWARDS_S, LOAD, {"interval": 100}, colo=False)
+    )
+    assert outcome.faults == []
+    assert outcome.checkpoints["interval"] > 1
+
+
+def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -> None:
+    if GUEST in protection.domains("primary"):
+        protection.bed.exec("primary", f"xl destroy {GUEST}")
+    after_s = chance.uniform(8, 12)
+    plan = Plan("primary", after_s, after_s + PV_AFTERWARDS_S, LOAD | {"rate": 1, "churn": 0}, {}, colo=False, pv=True)
+    outcome = scenario_trial.run(protection, plan)
+    assert outcome.faults == []
