@@ -215,6 +215,7 @@ class BackupMachine(Machine[BackupState, BackupEvent, BackupAction]):
         }
     )
     FINAL: ClassVar[frozenset[BackupState]] = frozenset({_S.STOPPED})
+    CYCLE: ClassVar[frozenset[BackupState]] = frozenset({_S.STANDBY, _S.PREPARING, _S.RECEIVING, _S.APPLYING})
 
     def __init__(self, unknown_policy: UnknownPolicy = UnknownPolicy.STAND_DOWN) -> None:
         super().__init__(BackupState.IDLE, "backup")

@@ -71,6 +71,8 @@ class Machine(Generic[S, E, A]):
     TABLE: ClassVar[Mapping]  # type: ignore[type-arg]
     PEER_EVENTS: ClassVar[frozenset]  # type: ignore[type-arg]
     FINAL: ClassVar[frozenset]  # type: ignore[type-arg]
+    # What a checkpoint goes through, and comes back from: many times a second, and nobody's news.
+    CYCLE: ClassVar[frozenset]  # type: ignore[type-arg]
 
     def __init__(self, initial: S, name: str) -> None:
         self._state = initial
@@ -86,6 +88,10 @@ class Machine(Generic[S, E, A]):
     def final(self) -> bool:
         """Whether nothing will ever happen again."""
         return self._state in self.FINAL
+
+    def routine(self, step: Step[S, E, A]) -> bool:
+        """Whether the move is but part of a checkpoint."""
+        return step.old in self.CYCLE and step.new in self.CYCLE
 
     def handle(self, event: E, *, epoch: int = 0, reason: str = "") -> Step[S, E, A]:
         """Moves the machine.
@@ -103,7 +109,8 @@ class Machine(Generic[S, E, A]):
         step = Step(old, event, new, actions)
         if step.moved:
             words = f" reason={reason}" if reason else ""
-            self._log.info("%s -> %s on %s epoch=%d%s", old.value, new.value, event.value, epoch, words)
+            level = logging.DEBUG if self.routine(step) else logging.INFO
+            self._log.log(level, "%s -> %s on %s epoch=%d%s", old.value, new.value, event.value, epoch, words)
         self.check_invariants(step)
         return step
 

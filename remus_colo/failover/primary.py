@@ -159,6 +159,7 @@ class PrimaryMachine(Machine[PrimaryState, PrimaryEvent, PrimaryAction]):
         }
     )
     FINAL: ClassVar[frozenset[PrimaryState]] = frozenset({_S.STOPPED, _S.FENCED, _S.FAILED})
+    CYCLE: ClassVar[frozenset[PrimaryState]] = frozenset({_S.PROTECTED, _S.CHECKPOINTING, _S.COMMITTED})
 
     def __init__(self) -> None:
         super().__init__(PrimaryState.CONNECTING, "primary")

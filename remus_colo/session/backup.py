@@ -151,6 +151,8 @@ class BackupSession:
     :param event: called with a name and fields at everything that a user may want to know.
     """
 
+    QUIET = False  # say nothing of the states that each checkpoint goes through
+
     def __init__(
         self,
         config: BackupConfig,
@@ -231,7 +233,7 @@ class BackupSession:
 
     def _handle(self, event: E, reason: str = "") -> None:
         step = self.machine.handle(event, epoch=self._epoch, reason=reason)
-        if step.moved:
+        if step.moved and not (self.QUIET and self.machine.routine(step)):
             self._event("state", old=step.old.value, new=step.new.value, cause=event.value, reason=reason)
         for action in step.actions:
             self._actions[action]()

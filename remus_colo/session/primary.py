@@ -115,6 +115,8 @@ class PrimarySession:
     :param devices: what goes along with each checkpoint besides the vifs.
     """
 
+    QUIET = False  # say nothing of the states that each checkpoint goes through
+
     def __init__(
         self,
         loop: Loop,
@@ -207,7 +209,7 @@ class PrimarySession:
 
     def _handle(self, event: E, reason: str = "") -> None:
         step = self.machine.handle(event, epoch=self.stats.epoch, reason=reason)
-        if step.moved:
+        if step.moved and not (self.QUIET and self.machine.routine(step)):
             self._event("state", old=step.old.value, new=step.new.value, cause=event.value, reason=reason)
         for action in step.actions:
             self._actions[action]()

@@ -94,6 +94,7 @@ class Incoming:
 class RemusBackupSession(BackupSession):
     """One guest that is kept as its last complete checkpoint."""
 
+    QUIET = True  # several a second
     creation: RemusCreation  # type: ignore[assignment]
 
     def __init__(

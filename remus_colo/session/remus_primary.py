@@ -210,6 +210,7 @@ class RemusSession(PrimarySession):
     :param probe: see :class:`CheckpointWorker`.
     """
 
+    QUIET = True  # several a second
     config: RemusConfig  # type: ignore[assignment]
     engine: RemusEngine  # type: ignore[assignment]
     path: WatchedPath  # type: ignore[assignment]
