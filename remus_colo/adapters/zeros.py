@@ -69,7 +69,8 @@ def pack(data: bytearray) -> bytes | memoryview:
 def pack_reference(data: bytes | bytearray) -> bytes:
     words = [data[at : at + WORD] for at in range(0, len(data), WORD)]
     empty = bytes(WORD)
-    out, at = [], 0
+    out: list[bytes | bytearray] = []
+    at = 0
     while at < len(words):
         first = at
         while first < len(words) and words[first] == empty:

@@ -131,6 +131,6 @@ def _content(stream: memoryview, offset: int | None) -> memoryview | None:
 
 def _page_data(pages: list[tuple[int, memoryview | None]]) -> bytes:
     numbers = b"".join(entry.to_bytes(8, "little") for entry, _ in pages)
-    body = [libxc.PAGE_DATA_PREFIX.pack(len(pages), 0), numbers, *(page for _, page in pages if page is not None)]
-    length = sum(len(part) for part in body)
-    return b"".join([libxc.RECORD.pack(libxc.PAGE_DATA, length), *body])
+    contents = b"".join([page for _, page in pages if page is not None])
+    body = libxc.PAGE_DATA_PREFIX.pack(len(pages), 0) + numbers + contents
+    return libxc.RECORD.pack(libxc.PAGE_DATA, len(body)) + body

@@ -20,10 +20,11 @@ from remus_colo import cli
 from remus_colo import options as defaults
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint.guestinfo import refuse_for_remus
 from remus_colo.checkpoint.periodic import PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
-from remus_colo.primary import connect
+from remus_colo.primary import connect, only_one
 from remus_colo.relocation.channel import Channel
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session.loop import Loop
@@ -68,11 +69,13 @@ class Domain:
     """One domain, open for checkpoints."""
 
     def __init__(self, domid: int) -> None:
-        """:raise RemusError: there is none, or Xen refuses."""
+        """:raise RemusError: there is none, it is protected already or cannot be, or Xen refuses."""
         self.domid = toolstack.find_domain(str(domid))
         self.name = toolstack.domain_name(self.domid)
+        refuse_for_remus(self.name, toolstack.domain_config(self.domid))
         self._stack = contextlib.ExitStack()
         try:
+            self._stack.enter_context(only_one(self.domid, self.name))
             self.store = self._stack.enter_context(Store())
             self.engine = RemusEngine(self.domid, self.store)
             self._stack.callback(self.engine.close)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -302,7 +303,7 @@ class RemusSession(PrimarySession):
     def _on_checkpoint(self, times: RoundTimes) -> None:
         """In the checkpoints' thread."""
         self.stats.reasons[REASON] += 1
-        self.stats.pause_s.append(times.pause_s)
+        self.stats.pause_s = [times.pause_s]  # the status shows the last one; the log has them all
         self.stats.bytes_sent = self.worker.sender.sent_bytes
         self._event("checkpoint", **checkpoint_fields(times), sent_bytes=self.worker.sender.sent_bytes)
 
@@ -311,7 +312,7 @@ class RemusSession(PrimarySession):
         try:
             self.devices.commit()
         except RemusError as error:
-            self._fail(error)
+            self.loop.call(functools.partial(self._fail, error))  # not from within the transition
         self.worker.probe("c2")
         self.worker.acknowledged(self.stats.epoch)
 
