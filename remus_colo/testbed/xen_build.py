@@ -88,15 +88,21 @@ def _build(source: XenSource, series: Path, target: Path) -> None:
 def _make(tree: Path, *targets: str) -> None:
     words = ["make", "-C", str(tree / "xen"), *MAKE_ARGUMENTS, *targets]
     environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "CFLAGS", "LDFLAGS")}
-    try:
-        done = subprocess.run(
-            words, env=environ | ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=BUILD_LIMIT_S, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        raise HostError(f"Xen was not built within {BUILD_LIMIT_S} s") from late
-    if done.returncode != 0:
-        shown = "\n".join((done.stdout + done.stderr).splitlines()[-SHOWN_LINES:])
+    # A session of its own, so that the compilers can be ended with make, and do not write into what is being removed.
+    with subprocess.Popen(
+        words, env=environ | ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=BUILD_LIMIT_S)
+        except BaseException as reason:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(reason, subprocess.TimeoutExpired):
+                raise HostError(f"Xen was not built within {BUILD_LIMIT_S} s") from reason
+            raise
+    if process.returncode != 0:
+        shown = "\n".join(said.splitlines()[-SHOWN_LINES:])
         raise HostError(f"Xen does not build (make {' '.join(targets)}):\n{shown}")
 
 

@@ -96,3 +96,28 @@ def test_every_series_of_this_checkout_names_just_what_is_there(release: str) ->
         assert sorted(named) == sorted(path.name for path in directory.glob("*.patch"))
         for name in named:
             assert "\nSigned-off-by: " in (directory / name).read_text()
+
+
+def tree(directory: Path, makefile: str) -> Path:
+    (directory / "xen").mkdir()
+    (directory / "xen" / "Makefile").write_text(makefile)
+    return directory
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_a_build_that_fails_shows_why(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"does not build \(make all\):\n(.*\n)*no such thing"):
+        xen_build._make(tree(tmp_path, "all:\n\t@echo no such thing; false\n"), "all")
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_a_build_that_takes_too_long_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xen_build, "BUILD_LIMIT_S", 5)
+    with pytest.raises(HostError, match="not built within 5 s"):
+        xen_build._make(tree(tmp_path, "all:\n\t@sleep 1000 & echo $$! > ../pid; wait\n"), "all")
+    compiler = int((tmp_path / "pid").read_text())
+    # Gone, or a zombie until whoever adopted it looks.
+    status = Path(f"/proc/{compiler}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
