@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ("compare.h", "rewrite.h", "queue.h", "frames.h", "pump.h")  # what Python sees; each needs only those before it
+# What Python sees; each needs only those before it.
+HEADERS = ("compare.h", "rewrite.h", "queue.h", "frames.h", "pump.h", "rewriting.h")
 FOLDERS = ("compare", "rewrite", "path")
 SOURCES = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.c"))
 INNER_HEADERS = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.h"))

@@ -10,7 +10,7 @@ from remus_colo.testbed.scenario import Protection
 
 NETNS = Path(__file__).parents[1] / "netns"
 # What needs a kernel with sch_plug and nft_queue, as a host in the field has.
-MODULES = "test_plug.py test_output_buffer.py test_queue.py test_queue_traffic.py test_output.py test_path.py test_primary_path.py"
+MODULES = "test_plug.py test_output_buffer.py test_queue.py test_queue_traffic.py test_output.py test_path.py test_primary_path.py test_backup_path.py"
 TIMEOUT_S = 1800.0  # emulated
 
 

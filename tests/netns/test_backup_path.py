@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The rewriter between a client and an SVM, on real queues and with both forms of the path.
+
+The namespace ``guest`` is the SVM.  The client is played by hand: it acknowledges another initial sequence number than
+the SVM chose, namely the PVM's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+
+import pytest
+from conftest import (
+    CLIENT_IP,
+    GUEST_IP,
+    Network,
+    no_offload,
+    pending,
+    run,
+    transport_sum,
+    wait_until,
+    with_checksums,
+)
+from test_queue_traffic import tcp_transfer
+
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.nft import QueueRules
+from remus_colo.proxy.backup_path import SvmVifPath
+from remus_colo.session.loop import Loop
+
+pytestmark = pytest.mark.usefixtures("queue_form")
+
+CLIENT_MAC, GUEST_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
+SYN, ACK = 0x02, 0x10
+HTTP, CLIENT_PORT = 80, 5555
+APART = 123456  # the PVM's initial sequence number minus the SVM's
+
+
+class Path:
+    def __init__(self, links: Links, rules: QueueRules) -> None:
+        self.loop = Loop()
+        self.vif = SvmVifPath(self.loop, links, "abcdef", 0)
+        self.vif.open_queues(Vif(7, 0), GUEST_MAC, rules)
+
+    def pump(self) -> None:
+        """One round of the loop's readers."""
+        self.loop.call(self.loop.stop)
+        self.loop.run()
+
+    def close(self) -> None:
+        self.vif.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def path(net: Network, links: Links, rules: QueueRules) -> Iterator[Path]:
+    made = Path(links, rules)
+    yield made
+    made.close()
+
+
+class Client:
+    """A TCP client by hand: frames in and out at ``c0``, whose kernel is deaf to the connection."""
+
+    def __init__(self, net: Network, path: Path) -> None:
+        self._path = path
+        self._out = net.socket("client", socket.SOCK_RAW, socket.AF_PACKET)
+        with net.inside("client"):
+            self._out.bind(("c0", 0))
+            # The kernel knows of no connection, and would reset it.
+            run("ip", "addr", "flush", "dev", "c0")
+        no_offload("lan0")  # so that what arrives has its checksums
+        self._in = net.sniffer("client", "c0")
+        self._segments: list[bytes] = []
+
+    def send(self, seq: int, ack: int, flags: int, data: bytes = b"") -> None:
+        tcp = struct.pack("!HHIIBBHHH", CLIENT_PORT, HTTP, seq, ack, 5 << 4, flags, 60000, 0, 0) + data
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 1, 0, 64, socket.IPPROTO_TCP, 0)
+        packet = with_checksums(ip + socket.inet_aton(CLIENT_IP) + socket.inet_aton(GUEST_IP) + tcp)
+        self._out.send(GUEST_MAC + CLIENT_MAC + b"\x08\x00" + packet)
+
+    def next(self) -> tuple[int, int, int, bytes]:
+        """Sequence number, acknowledgement, flags and data of the SVM's next segment, whose checksum is right."""
+
+        def look() -> list[bytes]:
+            self._path.pump()
+            frames = [frame for frame in pending(self._in) if frame[12:14] == b"\x08\x00"]
+            self._segments += [frame[14:] for frame in frames if frame[23] == socket.IPPROTO_TCP]
+            return self._segments
+
+        packet = wait_until(look, "a segment of the SVM").pop(0)
+        assert transport_sum(packet) == 0
+        seq, ack, offset, flags = struct.unpack_from("!IIBB", packet, 24)
+        return seq, ack, flags, packet[20 + (offset >> 4) * 4 : int.from_bytes(packet[2:4], "big")]
+
+
+@pytest.fixture
+def server(net: Network) -> socket.socket:
+    made = net.socket("guest", socket.SOCK_STREAM)
+    made.bind((GUEST_IP, HTTP))
+    made.listen()
+    return made
+
+
+def accepted(net: Network, path: Path, server: socket.socket) -> socket.socket:
+    connections: list[socket.socket] = []
+
+    def accept() -> list[socket.socket]:
+        path.pump()
+        with contextlib.suppress(BlockingIOError):
+            connections.append(net.adopt(server.accept()[0]))
+        return connections
+
+    return wait_until(accept, "the connection")[0]
+
+
+def heard(path: Path, connection: socket.socket) -> bytes:
+    def hear() -> bytes:
+        path.pump()
+        with contextlib.suppress(BlockingIOError):
+            return connection.recv(100)
+        return b""
+
+    return wait_until(hear, "what the client says")
+
+
+def test_a_connection_with_the_pvms_numbers(net: Network, path: Path, server: socket.socket) -> None:
+    client = Client(net, path)
+    client.send(1000, 0, SYN)
+    svm_isn, ack, flags, _ = client.next()
+    assert (flags, ack) == (SYN | ACK, 1001)
+    first = (svm_isn + APART + 1) & 0xFFFFFFFF
+    client.send(1001, first, ACK, b"question")
+    connection = accepted(net, path, server)
+    assert heard(path, connection) == b"question"
+    seq, ack, _, data = client.next()
+    assert (seq, ack, data) == (first, 1009, b"")
+    connection.send(b"answer")
+    seq, ack, _, data = client.next()
+    assert (seq, ack, data) == (first, 1009, b"answer")
+    assert path.vif.rewriter.rewritten_flows == 1
+    assert IPv4Address(GUEST_IP) in path.vif.guest_addresses.addresses
+    assert IPv4Address(CLIENT_IP) in path.vif.client_addresses.addresses
+
+
+def test_an_svm_that_lags_behind_the_handshake(net: Network, path: Path, server: socket.socket) -> None:
+    """The client has the PVM's SYN-ACK and goes on before the SVM has sent its own: that is kept, and given to it then."""
+    client = Client(net, path)
+    client.send(1000, 0, SYN)
+    client.send(1001, 778, ACK, b"early")
+    connection = accepted(net, path, server)
+    assert heard(path, connection) == b"early"
+    assert path.vif.rewriter.counters.held == 1
+    connection.send(b"answer")
+    data = b""
+    while not data:
+        seq, ack, _, data = client.next()
+    assert (seq, ack, data) == (778, 1006, b"answer")
+
+
+def test_bulk_of_a_connection_that_is_not_rewritten(net: Network, path: Path) -> None:
+    text = b"".join(b"Line %06d of what the SVM has to say\n" % number for number in range(20000))
+    assert tcp_transfer(net, socket.AF_INET, text, path.pump) == text
+    assert path.vif.rewriter.counters.from_guest_rewritten == 0
+
+
+def test_addresses_are_learnt_by_arp(net: Network, rules: QueueRules, path: Path) -> None:
+    if rules.backend != "nft":
+        pytest.skip("by way of iptables ARP passes unseen")
+    net.socket("guest").sendto(b"x", ("10.77.0.99", 1))  # there is nobody: who-has
+    wait_until(lambda: path.pump() or path.vif.guest_addresses.addresses, "an address")
+    assert path.vif.guest_addresses.addresses == [IPv4Address(GUEST_IP)]
