@@ -178,6 +178,26 @@ def test_one_stream_cut_in_two_ways_never_diverges_and_leaves(case, connection: 
     assert driver.released == sorted(driver.released)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.binary(min_size=1, max_size=200), CONNECTIONS, st.booleans())
+def test_what_the_pvm_never_sends_again_holds_nothing_up(
+    data: st.DataObject, content: bytes, connection: Connection, both: bool
+) -> None:
+    """Segments of the PVM, or the same ones of both, are lost for good before anybody sees them, but for the last."""
+    ours = data.draw(segments(len(content), True, lossy=False))
+    lost = data.draw(st.sets(st.sampled_from(ours[:-1]))) if len(ours) > 1 else set()
+    theirs = [part for part in ours if part not in lost] if both else data.draw(segments(len(content), True))
+    ours = data.draw(st.permutations([part for part in ours if part not in lost]))
+    assume(connection.from_syn or not lost)  # otherwise the first byte seen is where the stream begins
+    driver = Driver()
+    connection.open(driver)
+    for first, part in interleave(data.draw, ours, theirs):
+        (driver.primary if first else driver.secondary)(*connection.segment(content, part))
+    assert not driver.requests
+    assert driver.all_released()
+    assert driver.comparator.next_deadline_s is None
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data(), CONNECTIONS, st.sampled_from(["flip", "missing", "extra", "fin"]), st.booleans())
 def test_what_differs_never_leaves_and_always_ends_in_a_checkpoint(

@@ -80,6 +80,28 @@ def test_a_reset_behind_data_that_was_lost_on_the_way_is_no_contradiction():
     assert bench.p(tcp(105, 50, RST)) == ((3,), None)
 
 
+def test_bytes_behind_a_gap_are_compared_at_once_and_leave():
+    bench = Bench().connect()
+    bench.p(tcp(201, 50, ACK, b"later"))
+    assert bench.s(tcp(201, 50, ACK, b"later")) == ((2,), None), "neither has sent what lies before it"
+    bench.p(tcp(301, 50, FIN | ACK, b"last"))
+    assert bench.s(tcp(301, 50, ACK, b"last")) == HOLD
+    assert bench.s(tcp(305, 50, FIN | ACK)) == ((3,), None)
+    bench.p(tcp(101, 50, ACK, b"first"))
+    assert bench.s(tcp(101, 50, ACK, b"first")) == ((4,), None)
+    assert bench.p(tcp(250, 50, ACK, b"x")) == HOLD
+    assert bench.s(tcp(250, 50, ACK, b"y")) == ((), Reason.TCP_PAYLOAD)
+    assert "byte 149 (sequence 250): PVM 0x78, SVM 0x79" in bench.detail
+
+
+@pytest.mark.parametrize("pvm_first", [True, False])
+def test_a_fin_behind_a_gap_contradicts_at_once(pvm_first):
+    bench = Bench().connect()
+    one, other = (bench.p, bench.s) if pvm_first else (bench.s, bench.p)
+    assert one(tcp(201, 50, FIN | ACK, b"end")) == HOLD
+    assert other(tcp(201, 50, FIN | ACK, b"en")) == ((), Reason.TCP_PAYLOAD)
+
+
 def test_half_close():
     bench = Bench().connect()
     bench.p(tcp(101, 50, FIN | ACK))

@@ -45,8 +45,7 @@ static void run_free(struct colo *c, struct runs *runs, struct run *run)
     pool_give(&c->pool, run, sizeof(*run));
 }
 
-/* The first position where what is here contradicts data, or NOWHERE. */
-static int64_t contradiction(const struct runs *runs, int64_t start, const uint8_t *data, uint32_t size)
+int64_t runs_contradict(const struct runs *runs, int64_t start, const uint8_t *data, uint32_t size)
 {
     int64_t end = start + size;
 
@@ -83,7 +82,7 @@ enum runs_result runs_insert(struct colo *c, struct runs *runs, int64_t start, c
         runs->last = run;
         return RUNS_OK;
     }
-    *conflict = contradiction(runs, start, data, size);
+    *conflict = runs_contradict(runs, start, data, size);
     if (*conflict != NOWHERE)
         return RUNS_CONFLICT;
     for (run = runs->first; position < end; before = run, run = run->next) {
@@ -176,17 +175,29 @@ void runs_drop_last(struct colo *c, struct runs *runs)
     run_free(c, runs, run);
 }
 
+uint8_t runs_byte(const struct runs *runs, int64_t position)
+{
+    const struct run *run = runs->first;
+
+    while (run->start + run->size <= position)
+        run = run->next;
+    return run->data[position - run->start];
+}
+
+int64_t runs_reach(const struct runs *runs, int64_t start)
+{
+    for (const struct run *run = runs->first; run && run->start <= start; run = run->next) {
+        if (run->start + run->size > start)
+            start = run->start + run->size;
+    }
+    return start;
+}
+
 enum cover runs_cover(const struct runs *runs, int64_t start, const uint8_t *data, uint32_t size, int64_t *where)
 {
-    int64_t position = start, end = start + size;
-
-    *where = contradiction(runs, start, data, size);
+    *where = runs_contradict(runs, start, data, size);
     if (*where != NOWHERE)
         return COVER_DIFFERS;
-    for (const struct run *run = runs->first; run && position < end && run->start <= position; run = run->next) {
-        if (run->start + run->size > position)
-            position = run->start + run->size;
-    }
-    *where = position;
-    return position >= end ? COVER_EQUAL : COVER_MISSING;
+    *where = runs_reach(runs, start);
+    return *where >= start + size ? COVER_EQUAL : COVER_MISSING;
 }

@@ -166,7 +166,7 @@ struct held {
     uint32_t size;
     uint64_t id, order, last_order;
     int64_t arrived_ns;
-    int64_t end;  /* TCP: behind its last unit; NOWHERE if it takes up no sequence space */
+    int64_t start, end; /* TCP: its data's beginning, and behind its last unit; NOWHERE if it has none */
     int64_t ack;  /* TCP: the position that it acknowledges, or NOWHERE */
     int64_t low;  /* TCP: where it begins below the origin of a stream that began midstream, or NOWHERE */
     uint32_t bytes, packets;
@@ -321,6 +321,15 @@ void runs_clear(struct colo *c, struct runs *runs);
 void runs_drop_last(struct colo *c, struct runs *runs);
 
 enum cover { COVER_EQUAL, COVER_MISSING, COVER_DIFFERS };
+
+/* The first position where runs contradict these bytes, or NOWHERE. */
+int64_t runs_contradict(const struct runs *runs, int64_t start, const uint8_t *data, uint32_t size);
+
+/* The byte at a position that runs hold. */
+uint8_t runs_byte(const struct runs *runs, int64_t position);
+
+/* The first position from start on that runs do not hold. */
+int64_t runs_reach(const struct runs *runs, int64_t start);
 
 /* Whether runs hold these bytes; *where is the first position that is missing or differs. */
 enum cover runs_cover(const struct runs *runs, int64_t start, const uint8_t *data, uint32_t size, int64_t *where);

@@ -4,7 +4,8 @@
  *
  * Everything below the watermark is good: it was equal on both sides, or was sent by the PVM before the cut that this epoch
  * began with.  What lies above it is kept for whichever side is ahead, and compared as soon as both have it; how it was cut
- * into segments plays no part.  At no time do both sides have the byte at the watermark.
+ * into segments plays no part.  At no time do both sides have the byte at the watermark.  Bytes behind a gap
+ * are compared, too, and leave if the SVM has sent them: a client has no use for them before the gap is filled.
  *
  * A flow is a series of connections, because its ports are used again.  Both sides go through the same series, each at its
  * own pace: each begins with a SYN that has a new initial sequence number of that side.
@@ -49,6 +50,21 @@ static void advance(struct colo *c, struct state *s, struct conn *conn)
     }
 }
 
+/* Bytes behind a gap: what the other side has of them must be the same, whatever becomes of the gap. */
+static void check_apart(struct colo *c, struct state *s, struct conn *conn, bool primary, int64_t start, const uint8_t *data,
+                        uint32_t size)
+{
+    const struct runs *others = primary ? &conn->secondary : &conn->primary;
+    int64_t at = runs_contradict(others, start, data, size);
+    uint8_t mine, theirs;
+
+    if (at == NOWHERE)
+        return;
+    mine = data[at - start];
+    theirs = runs_byte(others, at);
+    stream_differ(c, s, conn, at, DIFF_BYTE, primary ? mine : theirs, primary ? theirs : mine);
+}
+
 /* New bytes of one side, at or above the watermark. */
 static void take(struct colo *c, struct state *s, struct conn *conn, bool primary, int64_t start, const uint8_t *data,
                  uint32_t size, struct source *source)
@@ -78,27 +94,25 @@ static void take(struct colo *c, struct state *s, struct conn *conn, bool primar
             c->counters.secondary_dropped++;
         return;
     }
-    if (conn->watermark != NOWHERE)
-        advance(c, s, conn);
+    if (conn->watermark == NOWHERE)
+        return; /* nothing is known yet of where the PVM's stream lies */
+    check_apart(c, s, conn, primary, start, data, size);
+    advance(c, s, conn);
 }
 
 /* What follows from new units of either side: FINs, urgent marks. */
 static void settle(struct colo *c, struct state *s, struct conn *conn, int64_t before)
 {
-    int64_t at = conn->watermark;
+    int64_t at = conn->watermark, mine = conn->primary_fin, theirs = conn->secondary_fin;
 
     if (s->diverged || at == NOWHERE)
         return;
-    if (conn->primary_fin == at) {
-        if (conn->secondary_fin == at) {
-            conn->watermark = ++at;
-            runs_forget_below(c, &conn->secondary, at);
-        } else if (conn->secondary.first && conn->secondary.first->start == at) {
-            stream_differ(c, s, conn, at, DIFF_FIN_DATA, 0, 0);
-        }
-    } else if (conn->secondary_fin == at && conn->primary.first && conn->primary.first->start == at) {
-        stream_differ(c, s, conn, at, DIFF_DATA_FIN, 0, 0);
-    }
+    if (mine != NOWHERE && later(runs_end(&conn->secondary), theirs) > mine)
+        stream_differ(c, s, conn, mine, DIFF_FIN_DATA, 0, 0);
+    else if (theirs != NOWHERE && later(runs_end(&conn->primary), mine) > theirs)
+        stream_differ(c, s, conn, theirs, DIFF_DATA_FIN, 0, 0);
+    else if (mine == at && theirs == at)
+        conn->watermark = ++at;
     if (at != before) {
         s->progressed = true;
         if (conn->urgent)
@@ -119,7 +133,7 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
 
     conn->primary_seen = true;
     h->conn = conn;
-    h->end = h->ack = h->low = NOWHERE;
+    h->start = h->end = h->ack = h->low = NOWHERE;
     if (h->flags & TH_ACK) {
         h->ack = conn_unwrap_ack(conn, h->wire_ack);
         conn->primary_ack = later(conn->primary_ack, h->ack);
@@ -141,6 +155,7 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
     if (conn->watermark == NOWHERE)
         conn_start(c, s, conn, start, !syn);
     before = conn->watermark;
+    h->start = start;
     data_end = start + h->size + h->lacks;
     h->end = end = data_end + fin;
     if (conn->midstream && start < conn->origin)
@@ -280,6 +295,18 @@ void stream_secondary(struct colo *c, struct state *s, const struct packet *p)
     conn_recount(s, conn);
 }
 
+/* The SVM has said what the packet carries, though one side has left out something before it. */
+static bool said(const struct conn *conn, const struct held *h)
+{
+    int64_t from = later(h->start, conn->watermark), data_end = h->start + h->size;
+
+    if (conn->urgent) /* marks are compared in order */
+        return false;
+    if (data_end > from && runs_reach(&conn->secondary, from) < data_end)
+        return false;
+    return !(h->flags & TH_FIN) || conn->secondary_fin == data_end;
+}
+
 /* This packet may leave, as far as it is itself concerned (those before it come first). */
 bool stream_ready(struct colo *c, struct state *s, struct held *h)
 {
@@ -289,7 +316,7 @@ bool stream_ready(struct colo *c, struct state *s, struct held *h)
         return false;
     if (h->ack != NOWHERE && h->ack > conn->secondary_ack)
         return false;
-    if (h->end != NOWHERE && h->end > conn->watermark)
+    if (h->end != NOWHERE && h->end > conn->watermark && !said(conn, h))
         return false;
     if (h->flags & TH_RST) {
         const struct buf *theirs = conn->rst_payload;
