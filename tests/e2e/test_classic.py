@@ -14,6 +14,7 @@ from remus_colo.testbed.scenario import GUEST, Protection
 from remus_colo.testbed.scenario_trial import Plan
 
 SCRIPT = Path(__file__).parent / "classic_script.py"
+SAVE_SCRIPT = Path(__file__).parent / "classic_save.py"
 AFTERWARDS_S = 15.0
 # A PV guest is copied whole at each checkpoint, which takes emulated hosts seconds.
 PV_AFTERWARDS_S = 40.0
@@ -37,6 +38,13 @@ def test_a_script_of_the_classic_interface(protection: Protection) -> None:
     assert told["domain"] == GUEST
     protection.http_get("/1k")
     assert protection.state("primary") == before
+
+
+def test_saving_and_restoring_as_xend_did(protection: Protection) -> None:
+    protection.ensure_guest()
+    protection.bed.push("primary", SAVE_SCRIPT, "/root/classic_save.py")
+    protection.bed.exec("primary", f"python3 /root/classic_save.py {GUEST} /root/web.save", SCRIPT_TIMEOUT_S)
+    protection.http_get("/1k")
 
 
 def test_ending_it_leaves_the_guest_as_it_was(protection: Protection) -> None:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
 pytest.importorskip("pyroute2", reason="pyroute2 is not installed (Debian: python3-pyroute2)")
 
-from remus_colo.checkpoint import libxcrecords as libxc  # noqa: E402
+from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
 from remus_colo.errors import MessageError
