@@ -22,10 +22,11 @@ from remus_colo.adapters.rawlink import RawLink
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
 from remus_colo.checkpoint.receiver import Receiver
-from remus_colo.errors import DomainError, MessageError, RemusError, StateError, XenError
+from remus_colo.errors import ConfigError, DomainError, MessageError, RemusError, StateError, XenError
 from remus_colo.failover.arbiter import LanProbe, Verdict
 from remus_colo.failover.backup import BackupEvent as E
 from remus_colo.failover.backup import BackupState
+from remus_colo.options import check_word
 from remus_colo.proxy import announce
 from remus_colo.relocation.bulk import CheckpointDigest, parse_state
 from remus_colo.relocation.schema import MessageType
@@ -46,8 +47,11 @@ log = logging.getLogger(__name__)
 
 # Silence for so many of the longest pauses that were seen is no pause.
 PAUSES_PER_WINDOW = 2.0
-# Of one checkpoint, packed: more does not come from a guest that any backup could follow.
+# A guest that stood still for longer would be no use protected; and a takeover waits for a multiple of it.
+LONGEST_PAUSE_S = 600.0
+# Of one checkpoint, if its guest's memory is not told.
 CHECKPOINT_LIMIT_BYTES = 4 << 30
+NEIGHBOURS = 16  # that are asked, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +72,9 @@ class RemusCreation:
         try:
             config = dict(fields["config"])
             name = config["c_info"]["name"]
-            if not isinstance(name, str) or not name:
-                raise ValueError("the configuration names no domain")
+            if not isinstance(name, str):
+                raise TypeError(f"the domain's name is {name!r}")
+            check_word("the domain", name)
             return cls(
                 name=str(fields["name"]),
                 config=config,
@@ -77,8 +82,16 @@ class RemusCreation:
                 handles=tuple(int(handle) for handle in fields["tunnel"]["vifs"]),
                 heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
             )
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
+        except (ConfigError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
+
+    @property
+    def limit_bytes(self) -> int:
+        """More than this is no checkpoint of that guest: twice its memory, for what the stream has besides."""
+        try:
+            return int(self.config["b_info"]["max_memkb"]) * 1024 * 2
+        except (KeyError, OverflowError, TypeError, ValueError):
+            return CHECKPOINT_LIMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +203,8 @@ class RemusBackupSession(BackupSession):
                 return  # of a checkpoint that was given up
             incoming.pieces.append(bytes(message.data))
             incoming.size[0] += len(message.data)
-            if incoming.size[0] > CHECKPOINT_LIMIT_BYTES:
-                raise MessageError(f"a checkpoint of more than {CHECKPOINT_LIMIT_BYTES} bytes")
+            if incoming.size[0] > self.creation.limit_bytes:
+                raise MessageError(f"a checkpoint of more than {self.creation.limit_bytes} bytes")
         elif kind is MessageType.STATE:
             self._digest.update([message.data])
             name, data = parse_state(message.data)
@@ -209,10 +222,12 @@ class RemusBackupSession(BackupSession):
             codec, length = fields["codec"], int(fields["length"])
             longest_pause_s = float(fields["longest_pause_s"])
             addresses, neighbours = _by_handle(fields["addresses"]), _by_handle(fields["neighbours"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError, AttributeError) as error:
             raise MessageError(f"CHECKPOINT_BEGIN lacks a part or has a malformed one: {error!r}") from error
-        if codec not in (CODEC_NONE, CODEC_DELTA) or not 0 <= length <= CHECKPOINT_LIMIT_BYTES:
+        if codec not in (CODEC_NONE, CODEC_DELTA) or not 0 <= length <= self.creation.limit_bytes:
             raise MessageError(f"CHECKPOINT_BEGIN announces {length} bytes as {codec!r}")
+        if not 0 <= longest_pause_s <= LONGEST_PAUSE_S:
+            raise MessageError(f"CHECKPOINT_BEGIN tells of a pause of {longest_pause_s} s")
         self._longest_pause_s = longest_pause_s
         self._addresses.update(addresses)
         self._neighbours.update(neighbours)
@@ -370,4 +385,7 @@ class RemusBackupSession(BackupSession):
 
 
 def _by_handle(known: dict[str, list[str]]) -> dict[int, list[IPv4Address]]:
-    return {int(handle): [IPv4Address(address) for address in addresses] for handle, addresses in known.items()}
+    return {
+        int(handle): [IPv4Address(address) for address in addresses[:NEIGHBOURS]]
+        for handle, addresses in known.items()
+    }
