@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -93,10 +94,9 @@ class QueueBench:
         return found
 
     def _traffic(self, mode: str, size: int, argument: float) -> dict[str, Any]:
-        for sock in self._sockets[:1]:
-            with contextlib.suppress(BlockingIOError):
-                while True:  # what was late for the round before
-                    sock.recv(1, _MSG_DONTWAIT)
+        with contextlib.suppress(BlockingIOError):
+            while True:  # what was late for the round before
+                self._sockets[0].recv(1, socket.MSG_DONTWAIT)
         descriptors = [sock.fileno() for sock in self._sockets]
         done = subprocess.run(
             [self._traffic_program, mode, str(size), str(self._seconds), str(round(argument)), *map(str, descriptors)],
@@ -149,9 +149,6 @@ class QueueBench:
                 os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(REALTIME_PRIORITY))
 
         return prepare
-
-
-_MSG_DONTWAIT = 0x40
 
 
 def run(*, quick: bool = False, sizes: tuple[int, ...] = SIZES) -> dict[str, Any]:

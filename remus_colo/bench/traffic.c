@@ -101,7 +101,7 @@ static void measure_rate(double seconds, uint64_t window)
         uint64_t room = window - (sent - received - lost);
         int got;
 
-        /* Half a window at a time, so that neither side starves the other of a processor that they may share. */
+        /* A lot, then a look at what has come, so that neither direction waits for the other. */
         if (room >= BATCH)
             sent += (uint64_t)send_some(sent, BATCH);
         got = receive_some();
