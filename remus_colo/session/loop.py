@@ -62,11 +62,11 @@ class Loop:
         self._wake_out.close()
 
     def add_reader(self, file: Any, call: Callable[[], None]) -> None:
-        """Call whenever ``file`` (with a ``fileno``) can be read.
+        """Call whenever ``file`` (a descriptor, or what has a ``fileno``) can be read.
 
         Files that share one ``call`` and can be read at the same time cause one call.
         """
-        fd = file.fileno()
+        fd = file if isinstance(file, int) else file.fileno()
         self._epoll.register(fd, select.EPOLLIN)
         self._readers[fd] = file, call
 

@@ -57,6 +57,25 @@ def test_readers_are_called_while_there_is_something() -> None:
     assert b"".join(seen) == b"abc"
 
 
+def test_a_reader_may_be_a_descriptor() -> None:
+    loop = Loop()
+    left, right = socket.socketpair()
+
+    def read() -> None:
+        right.recv(1)
+        loop.remove_reader(right.fileno())
+        left.send(b"b")  # nobody reads it
+        loop.call_later(0.0, loop.stop)
+
+    loop.add_reader(right.fileno(), read)
+    left.send(b"a")
+    loop.run()
+    loop.close()
+    assert right.recv(1) == b"b"
+    left.close()
+    right.close()
+
+
 def test_work_beside_the_loop_hands_over_result_or_error() -> None:
     loop, seen = Loop(), []
 
