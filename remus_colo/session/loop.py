@@ -122,8 +122,11 @@ class Loop:
                 call()
                 if not self._running:
                     return
-            while self._calls and self._running:
+            # Those that are there now: what threads go on adding must not keep files and timers waiting.
+            for _ in range(len(self._calls)):
                 self._calls.popleft()()
+                if not self._running:
+                    return
 
     def _run_timers(self) -> float | None:
         """Run what is due. Returns the time until the next one."""

@@ -17,6 +17,7 @@ from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.clocks import ClockWatch
+from remus_colo.session.inbox import Inbox
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,8 @@ class Peer:
         self.monitor = PeerMonitor(config.timeout_s)
         self.self_monitor = SelfMonitor(config.timeout_s * SELF_LIMIT)
         self.peer_state = ""
-        self._on_message = on_message
         self._on_lost = on_lost
+        self._inboxes = [Inbox(loop, on_message), Inbox(loop, on_message)]
         self._on_stream = on_stream
         self._state = state
         self._beats = beats
@@ -104,12 +105,14 @@ class Peer:
 
     def start(self) -> None:
         self.monitor.beat(time.monotonic())
-        for channel, name in ((self.control, "control"), (self.data, "data")):
-            threading.Thread(target=self._read, args=(channel,), name=f"peer-{name}", daemon=True).start()
+        for channel, inbox, name in zip((self.control, self.data), self._inboxes, ("control", "data"), strict=True):
+            threading.Thread(target=self._read, args=(channel, inbox), name=f"peer-{name}", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def close(self) -> None:
         self._closing.set()
+        for inbox in self._inboxes:
+            inbox.close()
         self.control.close()
         self.data.close()
 
@@ -123,7 +126,7 @@ class Peer:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def _read(self, channel: Channel) -> None:
+    def _read(self, channel: Channel, inbox: Inbox) -> None:
         while not self._closing.is_set():
             try:
                 message = channel.poll(time.monotonic() + POLL_S)
@@ -146,8 +149,11 @@ class Peer:
                 self._heard(message)
             elif message.type is MessageType.CREATE_STREAM and self._on_stream is not None:
                 self._on_stream(bytes(message.data))
+            elif inbox.put(message):
+                with self._lock:
+                    self.monitor.beat(time.monotonic())  # it may have waited, and heard nothing meanwhile
             else:
-                self.loop.call(lambda message=message: self._on_message(message))  # type: ignore[misc]
+                return
 
     def _heard(self, message: Message) -> None:
         self._seen = int(message.fields["sequence"])
@@ -193,6 +199,9 @@ class Peer:
             return self.monitor.silence_s(time.monotonic())
 
     def expired(self) -> bool:
+        """Whether the other host has been silent for too long: not while it is we who do not listen."""
+        if any(inbox.full for inbox in self._inboxes):
+            return False
         with self._lock:
             return self.monitor.expired(time.monotonic())
 

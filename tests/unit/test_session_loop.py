@@ -111,3 +111,21 @@ def test_xen_clock_finds_the_creation_time_from_below() -> None:
     first = clock.now_ns()
     assert abs(first - (1_000_000 + 6 * 10_000)) <= 3
     assert clock.now_ns() > first
+
+
+def test_threads_that_never_stop_calling_do_not_keep_timers_waiting() -> None:
+    """Each call makes the next one, as a reader of a fast peer does that is let go on by each."""
+    loop = Loop()
+    counted = 0
+
+    def again() -> None:
+        nonlocal counted
+        counted += 1
+        if counted < 1_000_000:
+            loop.call(again)
+
+    loop.call(again)
+    loop.call_later(0.0, loop.stop)
+    loop.run()
+    loop.close()
+    assert counted < 1_000_000

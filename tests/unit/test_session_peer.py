@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Both channels to the other host: what is read ahead of the loop, and what counts as silence.  Over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from remus_colo.errors import PeerLost
+from remus_colo.relocation.channel import Channel
+from remus_colo.relocation.schema import MessageType
+from remus_colo.relocation.wire import Message
+from remus_colo.session import inbox
+from remus_colo.session.inbox import Inbox
+from remus_colo.session.loop import Loop
+from remus_colo.session.peer import HeartbeatConfig, Peer
+
+PATIENCE_S = 30.0
+FRAME = bytes(1 << 20)
+LOTS = 4 * inbox.LIMIT_BYTES // len(FRAME)
+
+
+class Ends:
+    """A peer, and the other host's ends of its channels."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.loop = Loop()
+        self.received: list[Message] = []
+        self.lost: list[Exception] = []
+        pairs = [socket.socketpair() for _ in range(2)]
+        self.control, self.data = (Channel(theirs, generation=1) for _, theirs in pairs)
+        self.peer = Peer(
+            self.loop,
+            *(Channel(ours, generation=1) for ours, _ in pairs),
+            HeartbeatConfig(0.01, timeout_s),
+            on_message=self.received.append,
+            on_lost=self.lost.append,
+            state=lambda: "protected",
+        )
+
+    def close(self) -> None:
+        self.peer.close()
+        self.control.close()
+        self.data.close()
+        self.loop.close()
+
+
+@contextlib.contextmanager
+def ends(timeout_s: float = 30.0) -> Iterator[Ends]:
+    both = Ends(timeout_s)
+    try:
+        yield both
+    finally:
+        both.close()
+
+
+def await_true(condition: object, what: str) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline_s, what
+        time.sleep(0.005)
+
+
+def test_a_loop_that_does_not_come_round_makes_the_sender_wait() -> None:
+    with ends() as both:
+        both.peer.start()
+        sent = 0
+
+        def send() -> None:
+            nonlocal sent
+            for _ in range(LOTS):
+                both.data.send_bulk(MessageType.PAGES, 1, [FRAME], deadline_s=time.monotonic() + PATIENCE_S)
+                sent += 1
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        data = both.peer._inboxes[1]
+        await_true(lambda: data.full, "the reader never waited")
+        # The kernel's buffers have a part of one more frame, and the reader has another.
+        assert sent * len(FRAME) <= inbox.LIMIT_BYTES + 2 * len(FRAME)
+        # Once the loop comes round, all of it arrives, in order.
+        done = lambda: len(both.received) == LOTS or time.monotonic() > deadline_s  # noqa: E731
+        deadline_s = time.monotonic() + PATIENCE_S
+
+        def look() -> None:
+            if done():
+                both.loop.stop()
+            else:
+                both.loop.call_later(0.005, look)
+
+        look()
+        both.loop.run()
+        sender.join(PATIENCE_S)
+        assert (sent, len(both.received), both.lost) == (LOTS, LOTS, [])
+
+
+def test_a_host_is_not_silent_while_it_is_not_listened_to() -> None:
+    with ends(timeout_s=0.02) as both:
+        both.peer.start()
+        for _ in range(inbox.LIMIT_BYTES // inbox.OVERHEAD_BYTES + 1):
+            both.control.send_control(MessageType.ACK, 1)
+        await_true(lambda: both.peer._inboxes[0].full, "the reader never waited")
+        await_true(lambda: both.peer.silence_s() > 0.02, "no silence")
+        assert not both.peer.expired()
+        both.loop.call(both.loop.stop)  # after what lies there
+        both.loop.run()
+        await_true(lambda: both.peer.expired(), "a host that has said all, and then is silent, is not lost")
+
+
+def test_a_reader_that_waits_ends_with_its_peer() -> None:
+    with ends() as both:
+        both.peer.start()
+        for _ in range(inbox.LIMIT_BYTES // inbox.OVERHEAD_BYTES + 1):
+            both.control.send_control(MessageType.ACK, 1)
+        await_true(lambda: both.peer._inboxes[0].full, "the reader never waited")
+        readers = [thread for thread in threading.enumerate() if thread.name in ("peer-control", "peer-data")]
+        both.peer.close()
+        for thread in readers:
+            thread.join(PATIENCE_S)
+        assert not any(thread.is_alive() for thread in readers)
+
+
+def test_a_message_larger_than_the_room_goes_through_alone() -> None:
+    loop, seen = Loop(), []
+    small = Inbox(
+        loop, lambda message: (seen.append(len(message.data)), loop.stop() if len(seen) == 2 else None), 100
+    )
+
+    def put() -> None:
+        for _ in range(2):
+            assert small.put(Message(MessageType.PAGES, 1, 1, data=bytes(1000)))
+
+    threading.Thread(target=put).start()
+    loop.run()
+    loop.close()
+    assert seen == [1000, 1000]
+
+
+def test_a_channel_that_breaks_is_told_once() -> None:
+    with ends() as both:
+        both.peer.start()
+        both.control.close()
+        both.data.close()
+        await_true(lambda: len(both.loop._calls) == 2, "both readers notice")
+        both.loop.call(both.loop.stop)
+        both.loop.run()
+        assert [type(error) for error in both.lost] == [PeerLost]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_is_sent_to_a_host_that_is_gone_is_told_to_the_loop_and_not_raised(lost: bool) -> None:
+    with ends() as both:
+        if lost:
+            both.control.close()
+        both.peer.send(MessageType.STOP, reason="the end")
+        both.loop.call(both.loop.stop)
+        both.loop.run()
+        assert len(both.lost) == lost
