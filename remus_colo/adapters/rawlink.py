@@ -4,28 +4,29 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
+from remus_colo.adapters import bpf
 from remus_colo.errors import HostError, NetworkError, StateError
 
-ETHERTYPE_ALL = 0x0003  # <linux/if_ether.h>
-ETHERTYPE_ARP = 0x0806
+_ETHERTYPE_ALL = 0x0003  # <linux/if_ether.h>
 _HEADER = struct.Struct("!6s6sH")
 # A frame may come before it is split to the MTU: 64 kB of IP, 14 of Ethernet, and a VLAN tag.
 _MAX_FRAME_BYTES = 65536 + 18
-_SOL_PACKET = 263  # <linux/socket.h>; these three are from <linux/if_packet.h>
+_SOL_PACKET = 263  # <linux/socket.h>; these are from <linux/if_packet.h>
 _PACKET_STATISTICS = 6
+_PACKET_AUXDATA = 8
 _PACKET_IGNORE_OUTGOING = 23
 _PACKET_OUTGOING = 4
+_TP_STATUS_CSUMNOTREADY = 8  # in the first word of struct tpacket_auxdata
+_ABOUT_BYTES = socket.CMSG_SPACE(20)
 _SO_RCVBUFFORCE = 33
-_SO_ATTACH_FILTER = 26
-_BPF_REJECT = (0x06, 0, 0, 0)  # return 0 bytes
 
 
 class LinkGone(NetworkError):
@@ -33,23 +34,26 @@ class LinkGone(NetworkError):
 
 
 class Frame(NamedTuple):
-    """A frame that came in.  ``payload`` may have Ethernet padding at its end, and a VLAN tag is not shown."""
+    """A frame that came in.  ``payload`` may have Ethernet padding at its end, and a VLAN tag is not shown.
+
+    :ivar summed: false if the transport checksum was left to a device to fill in (a veth's frames, a guest's).
+    """
 
     ethertype: int
     payload: bytes
     source_mac: bytes
+    destination_mac: bytes
+    summed: bool
 
 
 class RawLink:
-    """Reads and writes the frames of one link, never blocking.  Belongs to one thread.
-
-    TCP and UDP checksums of what is read may not be filled in yet when the link is a veth.
-    """
+    """Reads and writes the frames of one link, never blocking.  Belongs to one thread."""
 
     def __init__(
-        self, ifname: str, ethertype: int = ETHERTYPE_ALL, *, receive_buffer_bytes: int = 16 << 20
+        self, ifname: str, wanted: Sequence[bpf.Instruction] = (), *, receive_buffer_bytes: int = 16 << 20
     ) -> None:
-        """:param ethertype: the only one to be read, or all.
+        """:param wanted: the frames to be read, if not all.  (Binding to an ethertype will not do: a bridge takes the
+            frames of its ports before such sockets see them; ``__netif_receive_skb_core``: rx_handler comes first.)
         :raise NetworkError: there is no such link.
         :raise HostError: no permission.
         """
@@ -64,11 +68,12 @@ class RawLink:
         try:
             self._socket.setblocking(False)
             self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            self._socket.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
             with contextlib.suppress(PermissionError):  # then the system's default size does
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, receive_buffer_bytes)
-            if ethertype != ETHERTYPE_ALL:
-                self._only(ethertype)
-            self._socket.bind((ifname, ETHERTYPE_ALL))
+            if wanted:
+                bpf.attach(self._socket, wanted)
+            self._socket.bind((ifname, _ETHERTYPE_ALL))
         except OSError as exc:
             self._socket.close()
             raise NetworkError(f"cannot read frames of {ifname}: {exc.strerror}") from exc
@@ -93,7 +98,7 @@ class RawLink:
         self._check_open()
         while True:
             try:
-                frame, address = self._socket.recvfrom(_MAX_FRAME_BYTES)
+                frame, about, _, address = self._socket.recvmsg(_MAX_FRAME_BYTES, _ABOUT_BYTES)
             except BlockingIOError:
                 if self._was_down:
                     self._check_link()
@@ -104,8 +109,11 @@ class RawLink:
             self._was_down = False
             if address[2] == _PACKET_OUTGOING or len(frame) < _HEADER.size:
                 continue
-            _, source_mac, ethertype = _HEADER.unpack_from(frame)
-            return Frame(ethertype, frame[_HEADER.size :], source_mac)
+            destination_mac, source_mac, ethertype = _HEADER.unpack_from(frame)
+            status = int.from_bytes(about[0][2][:4], sys.byteorder) if about else 0
+            return Frame(
+                ethertype, frame[_HEADER.size :], source_mac, destination_mac, not status & _TP_STATUS_CSUMNOTREADY
+            )
 
     def failed(self, error: int) -> None:
         """Somebody who reads :meth:`fileno` got this errno.
@@ -140,19 +148,6 @@ class RawLink:
     def close(self) -> None:
         self._socket.close()
 
-    def _only(self, ethertype: int) -> None:
-        """Let the kernel drop other frames.  Binding to an ethertype will not do: a bridge takes the frames of
-        its ports before such sockets see them (``__netif_receive_skb_core``: rx_handler comes first)."""
-        _attach_filter(
-            self._socket,
-            (
-                (0x28, 0, 0, 12),  # load the 16-bit ethertype
-                (0x15, 0, 1, ethertype),
-                (0x06, 0, 0, 0xFFFFFFFF),  # the whole frame
-                _BPF_REJECT,
-            ),
-        )
-
     def _check_open(self) -> None:
         if self._socket.fileno() < 0:
             raise StateError(f"the frames of {self.ifname} are no longer read: it was closed")
@@ -161,14 +156,6 @@ class RawLink:
         # The kernel unbinds the socket from a link that goes away; the name is then empty.
         if not self._socket.getsockname()[0]:
             raise LinkGone(f"the link {self.ifname} was deleted")
-
-
-def _attach_filter(sock: socket.socket, instructions: Sequence[tuple[int, int, int, int]]) -> None:
-    """Have the kernel run a filter: code, jump if true, jump if false, operand (<linux/filter.h>)."""
-    program = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
-    code = ctypes.create_string_buffer(program)
-    sock_fprog = struct.pack("HL", len(instructions), ctypes.addressof(code))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, sock_fprog)
 
 
 class CopyingTap:
@@ -190,8 +177,8 @@ class CopyingTap:
             raise HostError(f"cannot tap {ifname}: {exc.strerror}; run as root") from exc
         try:
             self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-            _attach_filter(self._socket, (_BPF_REJECT,))
-            self._socket.bind((ifname, ETHERTYPE_ALL))
+            bpf.attach(self._socket, bpf.nothing)
+            self._socket.bind((ifname, _ETHERTYPE_ALL))
         except OSError as exc:
             self._socket.close()
             raise NetworkError(f"cannot tap {ifname}: {exc.strerror}") from exc

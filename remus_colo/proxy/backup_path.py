@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import PacketQueue, open_queue
 from remus_colo.adapters.packetqueue_native import NativeQueue
-from remus_colo.adapters.rawlink import RawLink
+from remus_colo.adapters.rawlink import Frame, RawLink
 from remus_colo.adapters.rewriting_native import RewritingTurns
 from remus_colo.errors import RemusError
 from remus_colo.proxy import announce
 from remus_colo.proxy.announce import AddressBook
+from remus_colo.proxy.outage import Outage
 from remus_colo.proxy.primary_path import Tunnel, backup_ifname, primary_ifname
 from remus_colo.proxy.rewriter import Rewriter, finish_checksum
 from remus_colo.session.loop import Loop
@@ -60,6 +62,7 @@ class SvmVifPath:
         self._mac = NO_MAC
         self._loop = loop
         self._links = links
+        self._outage: Outage | None = None
         self._from_guest: PacketQueue | None = None
         self._to_guest: PacketQueue | None = None
 
@@ -181,7 +184,60 @@ class SvmVifPath:
         self._links.delete_link(self.tunnel_ifname)
         self._links.delete_link(self.bridge)
 
+    # -- an outage, see outage.py
+
+    def expect_outage(self, uplinks: Iterable[str]) -> None:
+        """The primary is late: keep from now on what is said.  Idempotent.
+
+        :param uplinks: where the LAN is on this host.
+        """
+        assert self.vif is not None
+        if self._outage is None:
+            self._outage = Outage(self._loop, self._mac, self.vif.ifname, uplinks)
+
+    def no_outage(self) -> None:
+        """The primary is back."""
+        if self._outage is not None:
+            self._outage.close()
+            self._outage = None
+
+    def make_good(self, lan_bridge: str) -> dict[str, int]:
+        """The SVM is the guest now, and its vif is in the LAN: say again what an outage has swallowed.
+
+        :return: how many segments went ``to_guest`` and ``to_lan``.
+        """
+        outage, self._outage = self._outage, None
+        if outage is None:
+            return {"to_guest": 0, "to_lan": 0}
+        with RawLink(lan_bridge, bpf.nothing) as lan:
+
+            def to_guest(frame: Frame, packet: bytes) -> None:
+                packet = _summed(frame, packet)
+                changed = self.rewriter.to_guest(time.monotonic(), packet)
+                if changed != b"":
+                    self._give(packet if changed is None else changed)
+
+            def to_lan(frame: Frame, packet: bytes) -> None:
+                packet = _summed(frame, packet)
+                changed = self.rewriter.from_guest(time.monotonic(), packet)
+                if changed == b"":
+                    return
+                packet = packet if changed is None else changed
+                try:
+                    lan.send(announce.ethernet(frame.destination_mac, self._mac, frame.ethertype, packet))
+                except RemusError as error:
+                    log.debug("left to the guest to repeat: %s", error)
+
+            return outage.make_good(to_guest, to_lan)
+
+    def reset(self) -> None:
+        """The SVM is a copy of the PVM as it is now."""
+        self.rewriter.reset()
+        if self._outage is not None:
+            self._outage.forget_output()
+
     def close(self) -> None:
+        self.no_outage()
         for queue in (self._from_guest, self._to_guest):
             if queue is not None:
                 self._loop.remove_reader(queue)
@@ -194,6 +250,10 @@ class SvmVifPath:
                 self._links.delete_link(ifname)
             except RemusError as error:
                 log.warning("while taking down %s: %s", ifname, error)
+
+
+def _summed(frame: Frame, packet: bytes) -> bytes:
+    return packet if frame.summed else finish_checksum(packet)
 
 
 class BackupPath:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 
+from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import Frame, RawLink
@@ -39,7 +40,7 @@ class AddressWatch:
         bridge = links.master_of(vif.ifname) if links.exists(vif.ifname) else None
         try:
             for port in uplinks(bridge) if bridge else []:
-                raw = RawLink(port, ETHERTYPE_ARP)
+                raw = RawLink(port, bpf.ethertype(ETHERTYPE_ARP))
                 self._arp.append(raw)
                 loop.add_reader(raw, lambda raw=raw: self._read_arp(raw))
         except RemusError as error:

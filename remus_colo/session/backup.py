@@ -41,7 +41,7 @@ from remus_colo.relocation.clock import secondary_offset
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.fence import run_hook
-from remus_colo.session.lan import ipv4_of, mac_bytes, probe_guest
+from remus_colo.session.lan import ipv4_of, mac_bytes, probe_guest, uplinks
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import PROBE_WINDOW, HeartbeatConfig, Peer
 
@@ -305,8 +305,11 @@ class BackupSession:
             return
         if self.peer.silence_s() > self.creation.heartbeat.timeout_s * SUSPECT_AFTER:
             self._suspect()
-        elif self._early is not None and self._early.verdict is not None:
-            self._early = None  # it was late, not lost; the next silence is looked at anew
+        else:
+            if self._early is not None and self._early.verdict is not None:
+                self._early = None  # it was late, not lost; the next silence is looked at anew
+            if self.path is not None:
+                self.path.each(lambda vif: vif.no_outage())
         if self.peer.expired():
             self.loop.call(self._check_expired)  # what lies unread comes first
 
@@ -470,7 +473,7 @@ class BackupSession:
     def _reset_rewriters(self) -> None:
         """The SVM has the PVM's sequence numbers now."""
         assert self.path is not None
-        self.path.each(lambda vif: vif.rewriter.reset())
+        self.path.each(lambda vif: vif.reset())
 
     def _send_resumed(self) -> None:
         assert self.engine is not None
@@ -497,6 +500,8 @@ class BackupSession:
 
         Only a look: a fencing hook, which may switch a host off, is run when the primary counts as lost.
         """
+        if self.machine.replica:
+            self._expect_outage()
         if self.config.fence or self._early is not None or not self.machine.replica:
             return
         self._early = early = EarlyVerdict()
@@ -507,6 +512,11 @@ class BackupSession:
                 early.waiting(early.verdict, None)
 
         self.loop.thread("look", self._judge, looked)
+
+    def _expect_outage(self) -> None:
+        assert self.path is not None and self.engine is not None
+        for vif in self.engine.layout.vifs:
+            self.path.vifs[vif.handle].expect_outage(uplinks(self._lan_bridge(vif.handle)))
 
     def _ask_arbiter(self) -> None:
         started_s = time.monotonic()
@@ -583,8 +593,10 @@ class BackupSession:
         for vif in self.engine.layout.vifs:
             path = self.path.vifs[vif.handle]
             path.rewriter.stop_learning()
-            path.open_lan(self._lan_bridge(vif.handle))
-            self.store.write(f"{vif.backend}/bridge", self._lan_bridge(vif.handle))
+            lan_bridge = self._lan_bridge(vif.handle)
+            path.open_lan(lan_bridge)
+            self._event("made-good", vif=vif.handle, **path.make_good(lan_bridge))
+            self.store.write(f"{vif.backend}/bridge", lan_bridge)
         self._event("active", domid=self.domid)
         log.warning("%s: the primary is gone, domain %s is the guest now", self.creation.name, self.domid)
         self.loop.thread("rename", self._become_guest, self._on_renamed)

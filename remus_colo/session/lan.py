@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from ipaddress import IPv4Address
 
+from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
@@ -68,7 +69,7 @@ class LanWatch:
                 continue
             self._macs.add(mac_bytes(mac))
             for port in uplinks(bridge):
-                self._raw.append(RawLink(port, ETHERTYPE_ARP))
+                self._raw.append(RawLink(port, bpf.ethertype(ETHERTYPE_ARP)))
 
     def conflict(self) -> bool:
         """Whether a frame with the guest's MAC has come in from the LAN."""
@@ -114,7 +115,7 @@ def probe_guest(
     :param guest_addresses: IPv4 addresses that the guest has been seen to use.
     :param client_addresses: of others, whose answers prove that the LAN works.
     """
-    with RawLink(bridge, ETHERTYPE_ARP) as raw:
+    with RawLink(bridge, bpf.ethertype(ETHERTYPE_ARP)) as raw:
         next_s = 0.0
         peer_answers = lan_works = False
         lan_works = not client_addresses  # nobody is known who could prove it

@@ -17,6 +17,7 @@ import pytest
 from conftest import (
     CLIENT_IP,
     GUEST_IP,
+    VIF,
     Network,
     no_offload,
     pending,
@@ -127,6 +128,80 @@ def heard(path: Path, connection: socket.socket) -> bytes:
         return b""
 
     return wait_until(hear, "what the client says")
+
+
+def connected(net: Network, path: Path, server: socket.socket) -> tuple[Client, socket.socket, int]:
+    """A client, its connection at the SVM, and the sequence number that it expects from the PVM."""
+    client = Client(net, path)
+    client.send(1000, 0, SYN)
+    svm_isn, _, _, _ = client.next()
+    first = (svm_isn + APART + 1) & 0xFFFFFFFF
+    client.send(1001, first, ACK, b"question")
+    connection = accepted(net, path, server)
+    assert heard(path, connection) == b"question"
+    assert client.next()[:2] == (first, 1009)
+    return client, connection, first
+
+
+@pytest.fixture
+def outage(net: Network, path: Path, server: socket.socket, links: Links) -> tuple[Client, socket.socket, int]:
+    """The primary has died: the SVM hears nobody, and nobody hears it."""
+    client, connection, first = connected(net, path, server)
+    path.vif.expect_outage(["lan0"])
+    links.set_master(VIF, None)
+    return client, connection, first
+
+
+def take_over(path: Path, links: Links) -> dict[str, int]:
+    links.set_master(VIF, "br0")
+    path.vif.rewriter.stop_learning()
+    return path.vif.make_good("br0")
+
+
+def test_what_clients_said_in_an_outage_is_heard_at_the_takeover(
+    outage: tuple[Client, socket.socket, int], path: Path, links: Links
+) -> None:
+    client, connection, first = outage
+    for _ in range(3):  # it repeats itself
+        client.send(1009, first, ACK, b" and another")
+        path.pump()
+    with pytest.raises(BlockingIOError):
+        connection.recv(100)
+    assert take_over(path, links)["to_guest"] == 1
+    assert heard(path, connection) == b" and another"
+    seq, ack, _, _ = client.next()
+    assert (seq, ack) == (first, 1009 + len(b" and another"))
+
+
+def test_what_the_svm_said_in_an_outage_is_said_at_the_takeover(
+    outage: tuple[Client, socket.socket, int], path: Path, links: Links
+) -> None:
+    client, connection, first = outage
+    connection.send(b"answer")
+    path.pump()
+    assert take_over(path, links)["to_lan"] == 1
+    seq, _, _, data = client.next()
+    assert (seq, data) == (first, b"answer")
+
+
+def test_what_an_svm_said_before_it_became_another_is_not_said(
+    outage: tuple[Client, socket.socket, int], path: Path, links: Links
+) -> None:
+    _, connection, _ = outage
+    connection.send(b"answer")
+    path.pump()
+    path.vif.reset()
+    assert take_over(path, links) == {"to_guest": 0, "to_lan": 0}
+
+
+def test_a_primary_that_was_only_late(
+    outage: tuple[Client, socket.socket, int], path: Path, links: Links
+) -> None:
+    client, connection, first = outage
+    client.send(1009, first, ACK, b" and another")
+    path.pump()
+    path.vif.no_outage()
+    assert take_over(path, links) == {"to_guest": 0, "to_lan": 0}
 
 
 def test_a_connection_with_the_pvms_numbers(net: Network, path: Path, server: socket.socket) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import pytest
 from conftest import CLIENT_IP, GUEST_IP, VIF, Network, receive, run, wait_until
 
+from remus_colo.adapters import bpf
 from remus_colo.adapters.netlink import Links
-from remus_colo.adapters.rawlink import ETHERTYPE_ARP, Frame, RawLink
+from remus_colo.adapters.rawlink import Frame, RawLink
 from remus_colo.errors import NetworkError, StateError
 
 GUEST_MAC = bytes.fromhex("020000000002")
 PORT = 7010
+ETHERTYPE_ARP = 0x0806
 
 
 @pytest.fixture
@@ -36,9 +38,9 @@ def test_reads_what_comes_in_and_not_what_goes_out(net: Network, raw: RawLink) -
     assert receive(guest, 1) == [b"to the guest"]
     raw.send(GUEST_MAC + GUEST_MAC + b"\x88\xb5" + bytes(46))
     guest.sendto(b"from the guest", (CLIENT_IP, PORT))
-    ethertype, payload, source_mac = next_frame(raw)
-    assert (ethertype, source_mac) == (0x0800, GUEST_MAC)
-    assert payload[28:] == b"from the guest"
+    frame = next_frame(raw)
+    assert (frame.ethertype, frame.source_mac) == (0x0800, GUEST_MAC)
+    assert frame.payload[28:] == b"from the guest"
     assert raw.recv() is None
     assert raw.dropped() == 0
 
@@ -52,7 +54,7 @@ def test_sends_whole_frames(net: Network, raw: RawLink) -> None:
 
 def test_one_ethertype(net: Network) -> None:
     guest = net.socket("guest")
-    with RawLink(VIF, ETHERTYPE_ARP) as raw:
+    with RawLink(VIF, bpf.ethertype(ETHERTYPE_ARP)) as raw:
         guest.sendto(b"not this", (CLIENT_IP, PORT))
         with net.inside("guest"):
             run("ip", "neigh", "del", CLIENT_IP, "dev", "eth0")
