@@ -10,16 +10,20 @@ too; without it the package installs anywhere, for its pure parts and their test
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import os
 import shlex
 import shutil
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
 
 NATIVE = "remus_colo/_native"
 HEADER = "xenctrl.h"
@@ -69,19 +73,46 @@ def cffi_modules() -> list[str]:
     return modules
 
 
-class BuildPy(build_py):
-    """Also installs what makes ``import xen`` find our part of it: see remus_colo/classic/finder.py."""
+# What makes ``import xen`` find our part of it: see remus_colo/classic/finder.py.
+PTH = "remus_colo.pth"
+PTH_LINE = "import remus_colo.classic.finder\n"
 
-    PTH = "remus_colo.pth"
+
+class BuildPy(build_py):
+    """Also installs the file above."""
 
     def run(self) -> None:
         super().run()
-        Path(self.build_lib, self.PTH).write_text("import remus_colo.classic.finder\n", encoding="ascii")
+        if not self.editable_mode:
+            Path(self.build_lib, PTH).write_text(PTH_LINE, encoding="ascii")
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib, self.PTH))]
+        outputs: list[str] = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, str(Path(self.build_lib, PTH))]
+
+
+class EditableWheel(editable_wheel):
+    """Also puts that file into the wheel of an editable installation, in which setuptools leaves it out."""
+
+    def run(self) -> None:
+        super().run()
+        for wheel in Path(self.dist_dir).glob(f"{self.distribution.get_name()}-*.editable-*.whl"):
+            add_to_wheel(wheel, PTH, PTH_LINE.encode())
+
+
+def add_to_wheel(wheel: Path, name: str, content: bytes) -> None:
+    """Add a file, and its line to RECORD (packaging.python.org, "Binary distribution format")."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    with zipfile.ZipFile(wheel) as archive:
+        files = {info: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for info, data in files.items():
+            if info.filename.endswith(".dist-info/RECORD"):
+                data += f"{name},sha256={digest},{len(content)}\n".encode()
+            archive.writestr(info, data)
+        archive.writestr(name, content)
 
 
 modules = cffi_modules()
 # without cffi setuptools does not know the keyword
-setup(cmdclass={"build_py": BuildPy}, **({"cffi_modules": modules} if modules else {}))
+setup(cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel}, **({"cffi_modules": modules} if modules else {}))

@@ -4,7 +4,8 @@
 Installation puts ``remus_colo.pth`` beside the package, with which ``site`` imports this module when Python
 starts.  A second package ``xen`` in the same folder would do as well on Debian, which keeps its own elsewhere, but
 overwrite files of distributions that do not; and whichever came first on ``sys.path`` would hide the other.  So
-the name ``xen``, and no other, is looked up here first, whatever the order of ``sys.path``.
+the name ``xen``, and no other, is looked up here first, whatever the order of ``sys.path``.  In a work tree that
+nobody has installed, ``xen.py`` in its root does so when ``xen`` is imported, and ours is added to a ``xen`` that was there before.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+# Packages that both we and distributions have.
+MERGED = ("xen", "xen.lowlevel")
 
 
 class XenFinder(MetaPathFinder):
@@ -37,6 +40,12 @@ def install() -> None:
     """Look ``xen`` up here first, from now on; once, however often it is called."""
     if not any(finder is XenFinder for finder in sys.meta_path):
         sys.meta_path.insert(0, XenFinder)
+    # What was imported before, from somewhere else, stays, and finds ours from now on.
+    for name in MERGED:
+        module, folder = sys.modules.get(name), str(HERE.joinpath(*name.split(".")))
+        path = getattr(module, "__path__", [folder])  # while it is being imported it has none
+        if module is not None and folder not in path:
+            module.__path__ = [folder, *path]
 
 
 def extend(path: MutableSequence[str], name: str) -> None:
@@ -46,9 +55,10 @@ def extend(path: MutableSequence[str], name: str) -> None:
     """
     from remus_colo.adapters import bindings  # not before somebody imports xen: this runs at Python's start
 
+    package, _, leaf = name.rpartition(".")
+    beside = [os.path.join(folder, leaf) for folder in sys.modules[package].__path__] if package else []
     relative = os.path.join(*name.split("."))
-    for folder in (*bindings.candidates(), *sys.path):
-        found = os.path.join(folder, relative)
+    for found in (*beside, *(os.path.join(folder, relative) for folder in (*bindings.candidates(), *sys.path))):
         if found not in path and os.path.isdir(found) and not os.path.samefile(found, path[0]):
             path.append(found)
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import base64
 import configparser
+import hashlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +68,25 @@ def test_every_file_of_the_package_is_installed(source: Path, built: Path) -> No
 
 def test_python_finds_the_package_xen_by_itself(built: Path) -> None:
     assert (built.parent / "remus_colo.pth").read_text() == "import remus_colo.classic.finder\n"
+
+
+def test_so_it_does_in_an_editable_installation(source: Path) -> None:
+    try:
+        import wheel  # noqa: F401
+    except ImportError:
+        pytest.importorskip("setuptools.command.bdist_wheel", reason="wheel is not installed (Debian: python3-wheel)")
+    done = run_setup(source, "off", "editable_wheel", "--dist-dir", "editable")
+    assert done.returncode == 0, done.stderr
+    (made,) = (source / "editable").glob("*.whl")
+    with zipfile.ZipFile(made) as archive:
+        assert archive.testzip() is None
+        content = archive.read("remus_colo.pth")
+        (record,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/RECORD"))
+        listed = [line.split(",")[0] for line in record.splitlines()]
+        assert sorted(listed) == sorted(archive.namelist())
+    assert content == b"import remus_colo.classic.finder\n"
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    assert f"remus_colo.pth,sha256={digest},{len(content)}" in record.splitlines()
 
 
 def test_metadata(source: Path, built: Path) -> None:
