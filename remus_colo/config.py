@@ -108,8 +108,8 @@ def read(text: str | bytes, source: Path) -> Configuration:
     """
     parser = Parser(located=True)
     try:
-        if text:
-            parser.input(text)
+        if data := sxp.without_mark(text):
+            parser.input(data)
         parser.input_eof()
     except sxp.ParseError as error:
         raise ConfigError(f"{source} {error}") from error

@@ -62,19 +62,22 @@ def _vbd(disk: dict[str, Any]) -> list[Sxpr]:
     ]
 
 
-def parse(sxpr: list[Sxpr]) -> dict[str, Any]:
+def parse(dominfo: list[Sxpr]) -> dict[str, Any]:
     """A domain's S-expression as nested dictionaries.
 
     An element with a list behind its name is a dictionary of these; elements of one name are merged, and what
     several of them have becomes a list: two devices ``vif`` are ``{'device': {'vif': [{...}, {...}]}}``, one is
     ``{'device': {'vif': {...}}}``.
     """
-    return _dictionary(sxpr[1:])
+    return _dictionary(dominfo[1:])
 
 
 def _dictionary(elements: list[Sxpr]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for element in elements:
+        if not isinstance(element, list):
+            found[str(element)] = None  # a word by itself
+            continue
         if not element:
             continue
         if isinstance(element[0], list):

@@ -22,9 +22,7 @@ Unlike xend's, this parser has limits, because it reads what strangers send: dep
 from __future__ import annotations
 
 import enum
-import io
 import re
-import sys
 from typing import Any, NamedTuple, Protocol
 
 from remus_colo.errors import ConfigError
@@ -52,6 +50,7 @@ from remus_colo.sxp_elements import (
     name,
     with_id,
 )
+from remus_colo.sxp_text import atomp, octets, show, show_xml, text_of, to_string
 
 __all__ = [
     "ATTRIBUTES",
@@ -91,9 +90,11 @@ __all__ = [
 
 mime_type = "application/sxp"
 
-# xend's own nest about six deep, and a domain's is some KiB
-MAX_DEPTH = 64
-LIMIT_BYTES = 1024 * 1024
+# xend's own nest about six deep, and a domain's is some KiB.  What is this deep can still be walked by recursion.
+MAX_DEPTH = 200
+LIMIT_BYTES = 16 * 1024 * 1024
+# An editor's mark that a file is UTF-8; xend's files had none.
+_MARK = b"\xef\xbb\xbf"
 
 _ESCAPES = dict(zip(b"abtnvfr\\'\"", b"\a\b\t\n\v\f\r\\'\"", strict=True))
 _SPACE = b" \t\n\v\f\r"
@@ -392,19 +393,12 @@ class Parser:
         self._in = _In.STRING
 
 
-# -- octets and text -----------------------------------------------------------------------------------------
-
-
-def octets(text: str) -> bytes:
-    """:raise ValueError: the text holds half a surrogate pair, which stands for no octet."""
-    return text.encode("utf-8", "surrogateescape")
-
-
-def text_of(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
-
-
 # -- reading -------------------------------------------------------------------------------------------------
+
+
+def without_mark(text: str | bytes) -> bytes:
+    """The octets of a text, less the byte order mark that it may begin with."""
+    return (text if isinstance(text, bytes) else octets(text)).removeprefix(_MARK)
 
 
 class _Lines(Protocol):
@@ -417,6 +411,8 @@ def parse(io: _Lines) -> list[Sxpr] | None:
     :raise ParseError: it is no sequence of S-expressions.
     """
     parser = Parser()
+    if line := io.readline():
+        parser.input(without_mark(line) or b" ")
     while line := io.readline():
         parser.input(line)
     parser.input_eof()
@@ -426,8 +422,8 @@ def parse(io: _Lines) -> list[Sxpr] | None:
 def all_from_string(s: str | bytes) -> list[Sxpr] | None:
     """As :func:`parse`, of a text."""
     parser = Parser()
-    if s:
-        parser.input(s)
+    if text := without_mark(s):
+        parser.input(text)
     parser.input_eof()
     return parser.get_all() if parser.ready() else None
 
@@ -438,68 +434,3 @@ def from_string(s: str | bytes) -> Sxpr:
         return []
     values = all_from_string(s)
     return values[0] if values else None
-
-
-# -- writing -------------------------------------------------------------------------------------------------
-
-_ATOM = re.compile(r"[A-Za-z0-9._:/~-]+|@")
-
-
-def atomp(sxpr: str) -> bool:
-    """Whether a text is written without quotes."""
-    return _ATOM.fullmatch(sxpr) is not None
-
-
-class _Out(Protocol):
-    def write(self, text: str, /) -> object: ...
-
-
-def _word(value: object) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    text = text_of(value) if isinstance(value, bytes) else str(value)
-    if isinstance(value, str | bytes) and atomp(text):
-        return text
-    # Python 2's repr() of a str, which xend wrote, is that of bytes today
-    return repr(octets(text))[1:]
-
-
-def show(sxpr: Sxpr, out: _Out | None = None) -> None:
-    """Write an expression to ``out`` (standard output if None), on one line, as xend did."""
-    out = sys.stdout if out is None else out
-    if isinstance(sxpr, list | tuple):
-        out.write("(")
-        for index, item in enumerate(sxpr):
-            if index:
-                out.write(" ")
-            show(item, out)
-        out.write(")")
-    else:
-        out.write(_word(sxpr))
-
-
-def show_xml(sxpr: Sxpr, out: _Out | None = None) -> None:
-    """Write an expression in the likeness of XML. For people: nothing is escaped, and it cannot be read back."""
-    out = sys.stdout if out is None else out
-    if not isinstance(sxpr, list | tuple):
-        out.write(str(sxpr))
-        return
-    out.write(f"<{name(sxpr)}")
-    for pair in attributes(sxpr):
-        out.write(f" {pair[0]}={pair[1]}")
-    out.write(">")
-    for index, item in enumerate(children(sxpr)):
-        if index:
-            out.write(" ")
-        show_xml(item, out)
-    out.write(f"</{name(sxpr)}>")
-
-
-def to_string(sxpr: Sxpr) -> str:
-    """The text of an expression: ASCII, whatever is in it.
-
-    :raise ValueError: a text in it holds half a surrogate pair.
-    """
-    out = io.StringIO()
-    show(sxpr, out)
-    return out.getvalue()

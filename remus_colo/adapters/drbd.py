@@ -15,7 +15,7 @@ from remus_colo.errors import HostError, NetworkError
 SEND_CHECKPOINT = 20
 WAIT_CHECKPOINT_ACK = 30
 TIMEOUT_S = 30.0
-_PROTOCOL = re.compile(r"^\s*protocol\s+([A-Z])\s*;", re.M)
+_PROTOCOL = re.compile(r"\bprotocol\s+([A-Z])\s*;")
 
 
 def _run(*command: str) -> str:
@@ -76,6 +76,9 @@ class CheckpointedDrbd:
             return fcntl.ioctl(self._fd, request, 0)
         except OSError as error:
             raise NetworkError(f"the disk {self._device} did not take a checkpoint: {error.strerror}") from error
+
+    def fileno(self) -> int:
+        return self._fd
 
     def close(self) -> None:
         if self._fd >= 0:

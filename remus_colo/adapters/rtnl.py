@@ -56,9 +56,12 @@ class Requests:
     guest is paused.
     """
 
+    _DUMP_TRIES = 10  # a list that changes between two messages is begun again, as Documentation/userspace-api/netlink has it
     _HEADER = struct.Struct("=IHHII")  # <linux/netlink.h>: length, type, flags, sequence number, port
     _NLM_F_REQUEST_ACK = 0x01 | 0x04
-    _NLMSG_ERROR = 2
+    _NLM_F_REQUEST_DUMP = 0x01 | 0x300
+    _NLM_F_DUMP_INTR = 0x10  # what is listed has changed meanwhile
+    _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 
     def __init__(self) -> None:
         """:raise OSError: no socket is to be had."""
@@ -74,17 +77,49 @@ class Requests:
 
         :raise OSError: the kernel refused, with its errno.
         """
-        sequence = next(self._sequence) & 0xFFFFFFFF
-        length = self._HEADER.size + len(body)
-        header = self._HEADER.pack(length, kind, flags | self._NLM_F_REQUEST_ACK, sequence, 0)
-        self._socket.send(header + body)
+        sequence = self._send(kind, body, flags | self._NLM_F_REQUEST_ACK)
         while True:
             # The kernel answers within send(): EAGAIN would mean that it did not.
             answer = self._socket.recv(65536)
             _, answer_kind, _, answered, _ = self._HEADER.unpack_from(answer)
             if answer_kind == self._NLMSG_ERROR and answered == sequence:
                 break
-        (negative_errno,) = struct.unpack_from("=i", answer, self._HEADER.size)
+        self._check(answer)
+
+    def dump(self, kind: int, body: bytes) -> list[bytes]:
+        """Ask for all that there is of something. Returns the kernel's messages, with their headers.
+
+        :raise OSError: the kernel refused, with its errno; EAGAIN: the list has not held still.
+        """
+        for _ in range(self._DUMP_TRIES):
+            messages, interrupted = self._dump_once(self._send(kind, body, self._NLM_F_REQUEST_DUMP))
+            if not interrupted:
+                return messages
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _dump_once(self, sequence: int) -> tuple[list[bytes], bool]:
+        messages: list[bytes] = []
+        interrupted = False
+        while True:
+            answer = self._socket.recv(65536)
+            while answer:
+                length, kind, flags, answered, _ = self._HEADER.unpack_from(answer)
+                message, answer = answer[:length], answer[-(-length // 4) * 4 :]
+                if answered != sequence:
+                    continue
+                interrupted |= bool(flags & self._NLM_F_DUMP_INTR)
+                if kind in (self._NLMSG_ERROR, self._NLMSG_DONE):
+                    self._check(message)
+                    return messages, interrupted
+                messages.append(message)
+
+    def _send(self, kind: int, body: bytes, flags: int) -> int:
+        sequence = next(self._sequence) & 0xFFFFFFFF
+        self._socket.send(self._HEADER.pack(self._HEADER.size + len(body), kind, flags, sequence, 0) + body)
+        return sequence
+
+    def _check(self, message: bytes) -> None:
+        (negative_errno,) = struct.unpack_from("=i", message, self._HEADER.size)
         if negative_errno:
             raise OSError(-negative_errno, os.strerror(-negative_errno))
 

@@ -37,6 +37,16 @@ class DrbdDisk(CheckpointedDevice):
         self._device: drbd.CheckpointedDrbd | None = None
         self._waiting = False
 
+    @property
+    def device(self) -> drbd.CheckpointedDrbd | None:
+        """What is open, between setup and teardown."""
+        return self._device
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an acknowledgement is to be waited for before the guest is resumed."""
+        return self._waiting
+
     def setup(self) -> None:
         """:raise DomainError: it is not replicated in epochs, or not at the moment."""
         path = drbd.device_of(self.resource)

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import remus_colo.classic.finder
 from remus_colo import dominfo
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic.protection import Calls, Plain, goes_on
-from remus_colo.errors import DomainError, PeerLost
+from remus_colo.errors import DomainError, NetworkError, PeerLost
 
 assert remus_colo.classic.finder.XenFinder
 
@@ -87,6 +88,14 @@ def test_a_description_survives_its_way_through_dictionaries_and_text() -> None:
     parsed = vm.parsedominfo(sxpr)
     assert vm.parsedominfo(vm.domtosxpr(parsed)) == parsed
     assert image.parseheader(vm.sxprtostr(sxpr).encode())["name"] == "web"
+
+
+def test_a_description_of_a_domain_that_does_not_run() -> None:
+    text = "(domain (name web) (vcpus 1) (cpus ()) (image (linux (kernel ) bare)) (device (vif (mac 0:16:3e:0:0:1))))"
+    domain = vm.VM(dominfo=vm.strtosxpr(text))
+    assert (domain.domid, domain.name, domain.disks) == (-1, "web", [])
+    assert str(domain) == "VM -1 (web), vifs: [00:16:3e:00:00:01], disks: []"
+    assert domain.dom["image"] == {"linux": {"kernel": None, "bare": None}}
 
 
 def test_the_name_of_a_disk_keeps_its_last_letters() -> None:
@@ -178,7 +187,7 @@ def test_a_file_for_each_round(tmp_path: Path) -> None:
 
 def test_nothing_comes_of_a_null_socket() -> None:
     null = save.NullSocket(("nowhere", 1))
-    null.write(b"gone")
+    assert (null.write(b"gone"), null.write("gone")) == (4, 4)
     null.flush()
     assert os.fstat(null.fileno()).st_rdev == os.stat("/dev/null").st_rdev
 
@@ -240,6 +249,59 @@ def test_a_checkpointer_wants_to_be_opened_first() -> None:
 def test_disks_that_nothing_replicates(uname: str) -> None:
     with pytest.raises(device.ReplicatedDiskException, match="Disk"):
         device.ReplicatedDisk(blkdev.BlkDev(uname=uname, dev="xvda", mode="w"))
+
+
+DRBD = """#!/bin/sh
+echo "$(basename $0) $*" >> {log}
+case "$*" in
+    "sh-dev r0") echo {device} ;;
+    "{device} show") echo 'net {{ protocol '{protocol}'; }}' ;;
+    "cstate r0") echo {state} ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def drbd_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Tools that say what DRBD's would, and a file that takes none of its ioctls."""
+
+    def make(protocol: str, state: str) -> Path:
+        (tmp_path / "device").touch()
+        log = tmp_path / "log"
+        for tool in ("drbdadm", "drbdsetup"):
+            path = tmp_path / tool
+            path.write_text(DRBD.format(log=log, device=tmp_path / "device", protocol=protocol, state=state))
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return log
+
+    return make
+
+
+def test_a_disk_on_drbd(drbd_tools: Callable[[str, str], Path]) -> None:
+    log = drbd_tools("D", "Connected")
+    disk = device.ReplicatedDisk(blkdev.parse({"uname": "drbd:r0", "dev": "xvda:disk", "mode": "w"}))
+    path = log.parent / "device"
+    assert log.read_text().splitlines() == ["drbdadm sh-dev r0", f"drbdsetup {path} show", "drbdadm cstate r0"]
+    assert disk.ctlfd is not None and os.path.samestat(os.fstat(disk.ctlfd.fileno()), path.stat())
+    assert (disk.is_drbd, disk.ackwait) == (True, False)
+    with pytest.raises(NetworkError, match="did not take a checkpoint"):
+        disk.postsuspend()
+    disk.preresume()  # nothing to wait for
+    disk.commit()
+    disk.uninstall()
+    disk.uninstall()
+    assert disk.ctlfd is None
+
+
+@pytest.mark.parametrize(("protocol", "state", "said"), [("C", "Connected", "protocol C"), ("D", "StandAlone", "is StandAlone")])
+def test_a_disk_that_drbd_does_not_keep(
+    drbd_tools: Callable[[str, str], Path], protocol: str, state: str, said: str
+) -> None:
+    drbd_tools(protocol, state)
+    with pytest.raises(device.ReplicatedDiskException, match=said):
+        device.ReplicatedDisk(blkdev.BlkDev(uname="drbd:r0", dev="xvda", mode="w"))
 
 
 def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,6 +366,9 @@ def test_commands() -> None:
         util.runcmd(["sh", "-c", "echo why >&2; exit 3"])
     assert failed.value.errno == 3
     assert "why" in str(failed.value)
+    assert util.runcmd(["printf", r"\303"]) == "\udcc3"
+    with pytest.raises(util.PipeException, match="empty"):
+        util.runcmd("")
     assert util.checkpid(os.getpid())
     assert not util.checkpid(2**22 + 1)
 

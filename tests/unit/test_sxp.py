@@ -122,7 +122,7 @@ def test_size_is_bounded_per_expression(begin: str) -> None:
         (["@", "@a", ""], "(@ '@a' '')"),
         (["a b", "it's", "'\"", "\n\t\r\x00\x7f"], "('a b' \"it's\" '\\'\"' '\\n\\t\\r\\x00\\x7f')"),
         (["é", "²", b"\xff", "\udcff"], r"('\xc3\xa9' '\xc2\xb2' '\xff' '\xff')"),
-        ([None, True], "('None' 'True')"),
+        ([None, True], "('None' True)"),
         ("=", "'='"),
     ],
 )
@@ -199,3 +199,28 @@ def test_merge() -> None:
         *("d", ["a", "1"], ["v", ["x", "1"], ["y", "2"]], ["v", ["z", "3"]], ["b", "2"], "one"),
     ]
     assert (sxp.merge(None, first), sxp.merge(first, None), sxp.merge("a", "b")) == (first, first, "a")
+
+
+def test_deep_nesting_is_written_and_refused_but_crashes_nothing() -> None:
+    deep: Any = "core"
+    for _ in range(100_000):
+        deep = [deep]
+    text = sxp.to_string(deep)
+    assert text == "(" * 100_000 + "core" + ")" * 100_000
+    with pytest.raises(sxp.ParseError, match=rf"line 1 column {sxp.MAX_DEPTH + 1}: more than {sxp.MAX_DEPTH} lists"):
+        sxp.from_string(text)
+    fits = "(" * sxp.MAX_DEPTH + ")" * sxp.MAX_DEPTH
+    assert sxp.to_string(sxp.from_string(fits)) == fits
+
+
+def test_a_huge_expression() -> None:
+    values = [["vif", ["mac", f"00:16:3e:00:00:{number % 256:02x}"]] for number in range(100_000)]
+    assert sxp.from_string(sxp.to_string(values)) == values
+
+
+@pytest.mark.parametrize("text", ["\ufeff(a b)\r\n(c)\r\n", b"\xef\xbb\xbf(a b)\r\n(c)\r\n"])
+def test_what_windows_editors_leave_in_a_file(text: str | bytes) -> None:
+    expected = [["a", "b"], ["c"]]
+    assert sxp.all_from_string(text) == expected
+    assert sxp.parse(io.StringIO(text) if isinstance(text, str) else io.BytesIO(text)) == expected
+    assert sxp.parse(io.BytesIO(b"\xef\xbb\xbf")) is None

@@ -8,11 +8,15 @@ resumed, ``commit`` when the backup has the checkpoint.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import socket
+import weakref
+from collections.abc import Callable
 from typing import Any
 
-from xen.remus import blkdev, netlink, util
+from xen.remus import blkdev, netlink, qdisc, util
 from xen.remus.vif import VIF
 
 from remus_colo.adapters import drbd, ifb, kmod
@@ -39,6 +43,8 @@ __all__ = [
     "netbuftypes",
     "selectnetbuf",
 ]
+
+log = logging.getLogger(__name__)
 
 POOL_DIR = "/run/remus"
 
@@ -77,6 +83,16 @@ class ReplicatedDisk(CheckpointedDevice):
         except RemusError as error:
             raise ReplicatedDiskException(str(error)) from error
         self._disk = replicated
+
+    @property
+    def ctlfd(self) -> drbd.CheckpointedDrbd | None:
+        """What the ioctls go to, with a ``fileno``; None after :meth:`uninstall`."""
+        return None if self._disk is None else self._disk.device
+
+    @property
+    def ackwait(self) -> bool:
+        """Whether :meth:`preresume` will wait for the peer."""
+        return self._disk is not None and self._disk.waiting
 
     def uninstall(self) -> None:
         if self._disk is not None:
@@ -249,12 +265,17 @@ class Netbufpool:
     def getdevs(self) -> list[str]:
         """Those that are there."""
         pattern = re.compile(rf"{self.netbufclass.devclass()}\d+")
-        return sorted(name for name in os.listdir("/sys/class/net") if pattern.fullmatch(name))
+        return sorted(name for _, name in socket.if_nameindex() if pattern.fullmatch(name))
 
 
 class BufferedNIC(CheckpointedDevice):
     """Holds a domain's output between checkpoints, so that nothing is seen that a failover might not know about.
 
+    Where a script does not get to :meth:`uninstall`, that is done when the object goes, or the process ends: otherwise the guest
+    would be cut off for good.
+
+    :ivar bufdev: the device that the output goes through, and ``bufdevno`` its index.
+    :ivar q: the plug, as a message has it; its ``action`` is the last one.
     :raise BufferedNICException: it cannot be held.
     """
 
@@ -262,26 +283,41 @@ class BufferedNIC(CheckpointedDevice):
         self.installed = False
         self.vif = vif
         self.pool = Netbufpool(selectnetbuf())
+        self.rth = getrth()
         self._plug: Plug | None = None
-        self._links: Links | None = None
+        self._undo = contextlib.ExitStack()
+        self._uninstall = weakref.finalize(self, _undo_here, self._undo, os.getpid())
+        self.setup()
+
+    def setup(self) -> None:
+        """Have the output go through a device of the pool; done when the object is made."""
+        if hasattr(self, "bufdev"):
+            return
         self.bufdev = self.pool.get()
+        self._undo.callback(self.pool.put, self.bufdev)
         try:
             kmod.load("sch_plug", "holding the guest's output")
-            self.bufdev.install(vif)
-        except RemusError as error:
-            self.pool.put(self.bufdev)
+            self.bufdev.install(self.vif)
+            self._undo.callback(_tell, self.bufdev.uninstall)
+            self.bufdevno = socket.if_nametoindex(self.bufdev.devname)
+        except (RemusError, OSError) as error:
+            self._undo.close()
             raise BufferedNICException(str(error)) from error
+        self.handle = qdisc.TC_H_ROOT
+        self.q = qdisc.PlugQdisc()
 
     def install(self) -> None:
         """Put the plug in; the first ``postsuspend`` does so."""
         if self.installed:
             return
-        self._links = Links()
         try:
-            plug = Plug(self._links, self.bufdev.devname, LIMIT_BYTES)
-            plug.install()
+            with contextlib.ExitStack() as stack:
+                links = stack.enter_context(Links())
+                plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
+                plug.install()
+                stack.callback(_tell, plug.remove)
+                self._undo.push(stack.pop_all())
         except RemusError as error:
-            self._links.close()
             raise BufferedNICException(str(error)) from error
         self._plug = plug
         self.installed = True
@@ -289,29 +325,45 @@ class BufferedNIC(CheckpointedDevice):
     def postsuspend(self) -> None:
         if not self.installed:
             self.install()
-        if self._plug is not None:
-            self._plug.buffer()
+        self._sendqmsg(qdisc.TC_PLUG_BUFFER)
 
     def commit(self) -> None:
-        if self._plug is not None:
-            self._plug.release_one()
+        if self.installed:
+            self._sendqmsg(qdisc.TC_PLUG_RELEASE_ONE)
+
+    def _sendqmsg(self, action: int) -> bool:
+        if self._plug is None:
+            raise BufferedNICException(f"there is no plug on {self.bufdev.devname}")
+        self.q.action = action
+        {
+            qdisc.TC_PLUG_BUFFER: self._plug.buffer,
+            qdisc.TC_PLUG_RELEASE_ONE: self._plug.release_one,
+            qdisc.TC_PLUG_RELEASE_INDEFINITE: self._plug.release,
+        }[action]()
+        return True
 
     def uninstall(self) -> None:
         """Let go of what is held, and hold no more."""
-        if self._plug is not None and self._links is not None:
-            with contextlib.suppress(RemusError):
-                self._plug.remove()
-            self._links.close()
-            self._plug = None
+        self._plug = None
         self.installed = False
-        try:
-            self.bufdev.uninstall()
-        except RemusError as error:
-            print(f"could not take down {self.bufdev.devname}: {error}")
-        self.pool.put(self.bufdev)
+        self._uninstall()
 
     def teardown(self, *, drop_held: bool = False) -> None:
         self.uninstall()
+
+
+def _undo_here(undo: contextlib.ExitStack, pid: int) -> None:
+    """What a script has forked has it from its parent, where it is still in use."""
+    if os.getpid() == pid:
+        undo.close()
+
+
+def _tell(take_down: Callable[[], None]) -> None:
+    """What cannot be taken down is no reason to leave the rest."""
+    try:
+        take_down()
+    except RemusError as error:
+        log.warning("%s", error)
 
 
 class ColoNIC(CheckpointedDevice):

@@ -15,6 +15,8 @@ from remus_colo.checkpoint import libxcrecords as libxc
 
 __all__ = [
     "COLO_SIGNATURE",
+    "INTLEN",
+    "PAGE_SIZE",
     "SIGNATURE",
     "VMImage",
     "VMParseException",
@@ -30,6 +32,7 @@ SIGNATURE = "LinuxGuestRecord"
 COLO_SIGNATURE = "LinuxColoRecord2"
 PAGE_SIZE = libxc.PAGE_SIZE
 LENGTH = struct.Struct("!i")
+INTLEN = LENGTH.size
 HEADER_LIMIT_BYTES = 1 << 20
 # Image header and domain header of libxenguest's stream.
 STREAM_MARKER = b"\xff" * 8

@@ -11,8 +11,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from remus_colo.adapters.netlink import Links
-from remus_colo.adapters.rtnl import attribute
+from remus_colo.adapters.rtnl import Requests, attribute
 
 NETLINK_ROUTE = 0
 
@@ -57,6 +56,9 @@ RTM_GETQDISC = 38
 ) = range(16)
 
 TCA_UNSPEC, TCA_KIND, TCA_OPTIONS, TCA_STATS, TCA_XSTATS, TCA_RATE, TCA_FCNT, TCA_STATS2 = range(8)
+
+
+TC_H_ROOT = 0xFFFFFFFF
 
 
 class RTNLException(Exception):
@@ -206,20 +208,20 @@ class tcmsg:
 
 
 class newlinkmsg:
-    def __init__(self, msg: nlmsg) -> None:
-        if msg.nlmsg_type != RTM_NEWLINK:
+    def __init__(self, nlmsg: nlmsg) -> None:
+        if nlmsg.nlmsg_type != RTM_NEWLINK:
             raise RTNLException("wrong message type")
-        self.nlmsg = msg
-        self.ifi = ifinfomsg(msg.body)
+        self.nlmsg = nlmsg
+        self.ifi = ifinfomsg(nlmsg.body)
         self.rtattrs = {found.rta_type: found.body for found in rtattrlist(self.ifi.body)}
 
 
 class newqdiscmsg:
-    def __init__(self, msg: nlmsg) -> None:
-        if msg.nlmsg_type != RTM_NEWQDISC:
+    def __init__(self, nlmsg: nlmsg) -> None:
+        if nlmsg.nlmsg_type != RTM_NEWQDISC:
             raise RTNLException("wrong message type")
-        self.nlmsg = msg
-        self.t = tcmsg(msg.body)
+        self.nlmsg = nlmsg
+        self.t = tcmsg(nlmsg.body)
         self.rtattrs = {found.rta_type: found.body for found in rtattrlist(self.t.rta)}
 
 
@@ -227,11 +229,11 @@ class rtnl:
     """Asks the kernel."""
 
     def __init__(self) -> None:
-        self._links = Links()
+        self._requests = Requests()
         self._linkcache: dict[int, dict[str, Any]] | None = None
 
     def getlink(self, key: int | str, cached: bool = False) -> dict[str, Any] | None:
-        """A link by index or name: ``index``, ``type``, ``name``, ``address``; None if there is none."""
+        """A link by index or name: ``index``, ``type``, ``name``, ``address`` in octets; None if there is none."""
         if not cached or self._linkcache is None:
             self._linkcache = self.getlinks()
         if isinstance(key, int):
@@ -240,36 +242,43 @@ class rtnl:
 
     def getlinks(self) -> dict[int, dict[str, Any]]:
         """All links by index."""
-        return {
-            int(link["index"]): {
-                "index": int(link["index"]),
-                "type": int(link["ifi_type"]),
-                "name": str(link.get_attr("IFLA_IFNAME")),
-                "address": link.get_attr("IFLA_ADDRESS"),
+        links = {}
+        about = struct.pack(ifinfomsg.fmt, socket.AF_UNSPEC, 0, 0, 0, 0)
+        for message in self._requests.dump(RTM_GETLINK, about):
+            found = newlinkmsg(nlmsg(message))
+            links[found.ifi.ifi_index] = {
+                "index": found.ifi.ifi_index,
+                "type": found.ifi.ifi_type,
+                "name": _text(found.rtattrs[IFLA_IFNAME]),
+                "address": found.rtattrs.get(IFLA_ADDRESS),
             }
-            for link in self._links.ipr.get_links()
-        }
+        return links
 
     def getqdisc(self, dev: int | str) -> dict[str, Any] | None:
-        """The queueing discipline of a link, by index or name; None if it has none that tells its name."""
+        """The queueing discipline of a link, by index or name; None if it has none.
+
+        :raise RTNLException: there is no such link.
+        """
         return next(iter(self.getqdiscs(dev).values()), None)
 
     def getqdiscs(self, dev: int | str | None = None) -> dict[int, dict[str, Any]]:
-        """Root queueing disciplines by the index of their links: ``index``, ``handle``, ``kind``, ``options``."""
-        index = None
+        """Root queueing disciplines by the index of their links: ``index``, ``handle``, ``kind``, ``options`` in octets."""
+        about = tcmsg()
         if dev is not None:
             link = self.getlink(dev)
             if link is None:
                 raise RTNLException(f"device {dev} not found")
-            index = link["index"]
+            about.tcm_ifindex = link["index"]
         found = {}
-        for qdisc in self._links.ipr.get_qdiscs(index=index) if index else self._links.ipr.get_qdiscs():
-            if qdisc["parent"] == 0xFFFFFFFF:  # TC_H_ROOT
-                found[int(qdisc["index"])] = {
-                    "index": int(qdisc["index"]),
-                    "handle": int(qdisc["handle"]),
-                    "kind": str(qdisc.get_attr("TCA_KIND")),
-                    "options": qdisc.get_attr("TCA_OPTIONS"),
+        for message in self._requests.dump(RTM_GETQDISC, about.pack()):
+            qdisc = newqdiscmsg(nlmsg(message))
+            # the kernel lists those of all links, whichever was asked for, and those below the root
+            if qdisc.t.tcm_parent == TC_H_ROOT and about.tcm_ifindex in (0, qdisc.t.tcm_ifindex):
+                found[qdisc.t.tcm_ifindex] = {
+                    "index": qdisc.t.tcm_ifindex,
+                    "handle": qdisc.t.tcm_handle,
+                    "kind": _text(qdisc.rtattrs[TCA_KIND]),
+                    "options": qdisc.rtattrs.get(TCA_OPTIONS),
                 }
         return found
 
@@ -280,4 +289,8 @@ class rtnl:
         """
         msg = nlmsg(req)
         flags = msg.nlmsg_flags & ~(NLM_F_REQUEST | NLM_F_ACK)
-        self._links.requests.send(msg.nlmsg_type, req[nlmsg.fmtlen :], flags=flags)
+        self._requests.send(msg.nlmsg_type, req[nlmsg.fmtlen :], flags=flags)
+
+
+def _text(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="surrogateescape")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shlex
@@ -78,10 +79,16 @@ def runcmd(args: str | Sequence[str], cwd: str | None = None) -> str:
     :raise PipeException: it could not be run, or did not end with 0.
     """
     words = shlex.split(args) if isinstance(args, str) else [str(word) for word in args]
+    if not words:
+        raise PipeException("could not run an empty command", errno.ENOENT)
     try:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, timeout=RUN_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            words, capture_output=True, text=True, errors="surrogateescape", cwd=cwd, timeout=RUN_TIMEOUT_S, check=False
+        )
     except OSError as error:
         raise PipeException(f"could not run {words[0]}", error.errno or 0) from error
+    except subprocess.TimeoutExpired as error:
+        raise PipeException(f"{words[0]} did not end within {RUN_TIMEOUT_S:g} s", errno.ETIMEDOUT) from error
     if done.returncode:
         raise PipeException(f"{words[0]} failed (errmsg: {done.stderr.strip()})", done.returncode)
     return done.stdout

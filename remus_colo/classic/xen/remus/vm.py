@@ -57,7 +57,7 @@ class VM:
     def loaddominfo(self) -> None:
         assert self.dominfo is not None
         self.dom = parsedominfo(self.dominfo)
-        self.domid = int(self.dom["domid"])
+        self.domid = _number(self.dom)
         self.name = self.dom["name"]
         self.disks = getdisks(self.dom)
         self.vifs = getvifs(self.dom)
@@ -84,6 +84,11 @@ def sxprtostr(sxpr: list[Any]) -> str:
     return sxp.to_string(sxpr)
 
 
+def _number(dom: dict[str, Any]) -> int:
+    """Of a domain; -1 if it does not run, and so has none."""
+    return int(dom.get("domid", -1))
+
+
 def _devices(dom: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     found = dom.get("device", {}).get(kind, [])
     return found if isinstance(found, list) else [found]
@@ -91,7 +96,7 @@ def _devices(dom: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 def getvifs(dom: dict[str, Any]) -> list[vif.VIF]:
     """The vifs of a parsed description."""
-    return [vif.parse(props, int(dom["domid"]), index) for index, props in enumerate(_devices(dom, "vif"))]
+    return [vif.parse(props, _number(dom), index) for index, props in enumerate(_devices(dom, "vif"))]
 
 
 def getdisks(dom: dict[str, Any]) -> list[blkdev.BlkDev]:

@@ -12,14 +12,14 @@ from typing import Any
 
 from xen.remus import image, vm
 from xen.remus import save as remus_save
-from xen.xend.XendError import XendError
+from xen.xend.XendError import VmError, XendError
 
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import birth
 from remus_colo.checkpoint.suspend import Suspender
-from remus_colo.errors import RemusError
+from remus_colo.errors import DomainError, RemusError
 
 __all__ = ["COLO_SIGNATURE", "SIGNATURE", "read_exact", "restore", "save", "write_exact"]
 
@@ -118,6 +118,7 @@ def restore(
     :param fd: a descriptor to read from.
     :param paused: it is not to run yet.
     :param colo: what ``remusd`` runs for a COLO stream, an object with a ``run``: the secondary's suspend, resume and finish.
+    :raise VmError: a domain of that name is here already.
     :raise XendError: the file is none, or the domain could not be made.
     """
     if colo is not None:
@@ -134,6 +135,7 @@ def restore(
     if not 0 < length <= CONFIG_LIMIT_BYTES:
         raise XendError(f"not a valid guest state file: a configuration of {length} bytes")
     dom = image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))
+    _refuse_existing(str(dom["name"]))
     try:
         with Store() as store:
             restorer = birth.Restorer(str(dom["name"]))
@@ -150,3 +152,15 @@ def restore(
     except RemusError as error:
         raise XendError(str(error)) from error
     return vm.VM(domid)
+
+
+def _refuse_existing(name: str) -> None:
+    if name.isdecimal():
+        return  # which xl takes for a domid
+    try:
+        domid = toolstack.find_domain(name)
+    except DomainError:
+        return
+    except RemusError as error:
+        raise XendError(str(error)) from error
+    raise VmError(f"Domain '{name}' already exists with ID '{domid}'")

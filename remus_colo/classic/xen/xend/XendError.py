@@ -12,3 +12,7 @@ class XendError(RemusError):
     def __init__(self, value: str) -> None:
         super().__init__(value)
         self.value = value
+
+
+class VmError(XendError):
+    """A domain cannot be made."""

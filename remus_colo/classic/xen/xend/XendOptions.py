@@ -87,7 +87,12 @@ class XendOptions:
     xend_relocation_hosts_allow_default = ""
 
     def __init__(self, path: str | None = None) -> None:
-        self.configuration = config.load(None if path is None else Path(path))
+        self._path = None if path is None else Path(path)
+        self.set_config()
+
+    def set_config(self) -> None:
+        """Read the file, again if it was read before."""
+        self.configuration = config.load(self._path)
         self.config_path = str(self.configuration.path or config.default_path())
         self.config = self.configuration.tree
 
@@ -149,6 +154,10 @@ class XendOptions:
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *(f"get_{name}" for name, *_ in _GETTERS)]
+
+
+# xend had a class for each place where a configuration may be, and this place is the only one that is left.
+XendOptionsFile = XendOptions
 
 
 @functools.cache
