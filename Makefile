@@ -13,6 +13,8 @@ KIND ?= primary
 # how it is protected, colo or remus, and what the guest is, pvh or (for remus) pv
 MODE ?= colo
 GUEST ?= pvh
+# transparent, cooperative or auto
+CHECKPOINT ?=
 XEN ?= $(if $(filter clock,$(KIND)),patched,debian)
 SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
@@ -23,7 +25,7 @@ FUZZ_SECONDS ?= 600
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
 	@echo 'make test     all tests (about 20 minutes)'
-	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv'
+	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv CHECKPOINT=auto'
 	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
 	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
@@ -53,7 +55,7 @@ check-patches:
 	@$(PYTHON) -m remus_colo.testbed.xen_build
 
 soak: setup
-	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) --mode $(MODE) --guest $(GUEST) $(if $(N),-n $(N)) --xen $(XEN) --skew $(SKEW)
+	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) --mode $(MODE) --guest $(GUEST) $(if $(N),-n $(N)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --xen $(XEN) --skew $(SKEW)
 
 bench: setup
 	@$(TEST_PYTHON) -m remus_colo.testbed.bench

@@ -112,7 +112,7 @@ def report(found: dict[str, Any]) -> str:
         lines.append(f"pause per checkpoint, {kind}: p50 {pause['p50']} ms, p99 {pause['p99']} ms ({pause['count']} of them)")
     for interval_ms, by_tool in found["standstill_ms"].items():
         for tool, seen in by_tool.items():
-            lines.append(f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them)")
+            lines.append(f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them, {seen['share']:.0%} of the time)")
     lines.append(f"left without waiting for a checkpoint, COLO: {found['released_without_checkpoint']}")
     return "\n".join(lines)
 

@@ -34,21 +34,26 @@ def compare(protection: Protection, intervals_ms: tuple[int, ...], seconds: floa
     """
     found: dict[str, dict[str, Any]] = {}
     for interval_ms in intervals_ms:
-        found[str(interval_ms)] = {}
+        quiet_ms, gaps_ms = 0.0, {}
         for tool, checkpoints in ((OURS, _ours), (XL, _xl)):
             log.info("standstill: %s -i %d", tool, interval_ms)
-            quiet_ms = _longest_ms(protection, seconds / 3)
+            quiet_ms = max(quiet_ms, _longest_ms(protection, seconds / 3))
             with checkpoints(protection, interval_ms):
-                gaps_ms = _gaps_ms(protection, seconds)
-            # What takes longer than anything without checkpoints is one.
-            seen = [gap_ms for gap_ms in gaps_ms if gap_ms > quiet_ms]
-            found[str(interval_ms)][tool] = {
-                "count": len(seen),
-                "p50": scenario_figures.quantile(seen, 0.5),
-                "p99": scenario_figures.quantile(seen, 0.99),
-                "longest_without_ms": quiet_ms,
-            }
+                gaps_ms[tool] = _gaps_ms(protection, seconds)
+        found[str(interval_ms)] = {tool: _figures(gaps, quiet_ms, seconds) for tool, gaps in gaps_ms.items()}
     return found
+
+
+def _figures(gaps_ms: list[float], quiet_ms: float, seconds: float) -> dict[str, Any]:
+    """:param quiet_ms: what takes longer is a checkpoint: nothing did without them. The same for all that are compared."""
+    seen = [gap_ms for gap_ms in gaps_ms if gap_ms > quiet_ms]
+    return {
+        "count": len(seen),
+        "p50": scenario_figures.quantile(seen, 0.5),
+        "p99": scenario_figures.quantile(seen, 0.99),
+        "share": round(sum(seen) / 1000 / seconds, 3),
+        "longest_without_ms": quiet_ms,
+    }
 
 
 def _gaps_ms(protection: Protection, seconds: float) -> list[float]:

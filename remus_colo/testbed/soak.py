@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
 import signal
 import sys
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("-n", type=int, metavar="N", help="failovers (10, clock: 5), or checkpoints (300) for memory")
     add("--kind", choices=KINDS, default="primary", help="what happens (default: %(default)s)")
-    add("--bed", default="soak", metavar="NAME", help="bed to use; made anew each time (default: %(default)s)")
+    add("--bed", default=f"soak-{os.getpid()}", metavar="NAME", help="bed to use; made anew each time (soak-PID)")
     add("--seed", type=int, default=None, help="of the random moments; printed, to repeat a run")
     add("--skew", type=float, default=0.0, metavar="S", help="backup's Xen time minus primary's")
     add("--checkpoints", type=int, default=100, metavar="N", help="all in all, for clock (default: %(default)s)")
