@@ -23,6 +23,7 @@ struct rq_queue;
 struct rq_packet {
     uint64_t id;
     struct colo_frame frame; /* its data are valid until the next rq_read() */
+    int unsummed;            /* its transport checksum is left to a device to fill in (NFQA_SKB_CSUMNOTREADY) */
 };
 
 struct rq_counters {

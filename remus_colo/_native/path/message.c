@@ -108,6 +108,9 @@ int rq_parse(const uint8_t *message, size_t size, struct rq_packet *packet)
         case NFQA_CAP_LEN: /* only there if the payload is shorter than the packet */
             frame->wire_size = parse_be32(value);
             break;
+        case NFQA_SKB_INFO:
+            packet->unsummed = (parse_be32(value) & NFQA_SKB_CSUMNOTREADY) != 0;
+            break;
         case NFQA_PAYLOAD:
             frame->data = value.at;
             frame->size = (uint32_t)value.size;

@@ -78,8 +78,9 @@ static int deal_with(struct rw_turns *t, const struct rq_packet *packet, double 
     /* What came cut off could only leave cut off: TCP sends it again. */
     if (verdict == REWRITE_DROP || frame->wire_size > frame->size)
         return rq_drop(t->queue, packet->id);
-    /* It may not be filled in yet, and the kernel takes a changed packet's as it is. */
-    rewriter_finish_checksum(data, frame->size);
+    /* The kernel takes a changed packet's as it is.  One that was there has followed the change, and stays wrong if it was. */
+    if (packet->unsummed)
+        rewriter_finish_checksum(data, frame->size);
     return rq_accept_modified(t->queue, packet->id, data, frame->size);
 }
 
