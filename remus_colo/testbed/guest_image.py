@@ -32,6 +32,10 @@ from remus_colo.testbed import guest_cpio, guest_debian, guest_root, load_conten
 NAME = "web"
 ADDRESS = "10.77.0.10"
 MAC = "00:16:3e:77:00:10"
+# Of a second guest from the same image; see second_guest().
+SECOND_NAME = "web2"
+SECOND_ADDRESS = "10.77.0.11"
+SECOND_MAC = "00:16:3e:77:00:11"
 MEMORY_MB = 256
 SUITE = "trixie"
 KERNEL_PACKAGE = "linux-image-amd64"
@@ -116,6 +120,15 @@ def domain_config(*, fifo_events: bool = False) -> str:
         # A guest that died must not come back as another domain behind a client's back.
         'on_reboot="destroy"\n'
         'on_crash="destroy"\n'
+    )
+
+
+def second_guest(config: str) -> str:
+    """The configuration of a second guest, beside the one with this configuration."""
+    return (
+        config.replace(f'name="{NAME}"', f'name="{SECOND_NAME}"')
+        .replace(MAC, SECOND_MAC)
+        .replace('cmdline="', f'cmdline="guest.address={SECOND_ADDRESS} ')
     )
 
 

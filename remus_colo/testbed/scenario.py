@@ -19,8 +19,9 @@ from remus_colo.testbed import bed_logs, scenario_figures, scenario_host
 from remus_colo.testbed.bed import Bed, Options
 from remus_colo.testbed.bed_logs import GUEST_LOG
 from remus_colo.testbed.errors import BedError
-from remus_colo.testbed.guest_image import ADDRESS
+from remus_colo.testbed.guest_image import ADDRESS, second_guest
 from remus_colo.testbed.guest_image import NAME as GUEST
+from remus_colo.testbed.guest_image import SECOND_NAME as SECOND_GUEST
 from remus_colo.testbed.netns import entered
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.scenario_host import HostState
@@ -72,10 +73,15 @@ class Protection:
     def start_guest(self, host: str = "primary", name: str = GUEST, *, pv: bool = False) -> None:
         """Create the guest and wait until all its services listen (10 to 20 s).
 
+        :param name: or ``SECOND_GUEST``, which has its own address.
         :param pv: as a PV guest, smaller: it is copied whole at each checkpoint.
         """
         console = shlex.quote(GUEST_LOG.format(domain=name))
         config = f"/domu/{shlex.quote(name)}.cfg"
+        if name == SECOND_GUEST:
+            text = second_guest(self.bed.exec(host, f"cat /domu/{GUEST}.cfg").stdout)
+            config = f"/run/{name}.cfg"
+            self.bed.exec(host, f"printf %s {shlex.quote(text)} > {config}")
         if pv:
             changes = f"-e 's/^type=.*/type=\"pv\"/' -e 's/^memory=.*/memory={PV_MEMORY_MB}/'"
             self.bed.exec(host, f"sed {changes} {config} > /run/pv.cfg")
@@ -187,16 +193,16 @@ class Protection:
         """What of a protection is on a host that is up: links, packet rules, qdiscs, processes, the SVM."""
         return self.state(host).leftovers()
 
-    def http_get(self, path: str) -> bytes:
+    def http_get(self, path: str, address: str = ADDRESS) -> bytes:
         """One GET by the client, over a connection of its own; the body.
 
         :raise BedError: no answer, or not status 200.
         """
-        connection = http.client.HTTPConnection(ADDRESS, timeout=CLIENT_TIMEOUT_S)
+        connection = http.client.HTTPConnection(address, timeout=CLIENT_TIMEOUT_S)
         try:
             # A socket stays in the namespace in which it was made.
             with entered(self.bed.network.namespace("client")):
-                connection.sock = socket.create_connection((ADDRESS, 80), timeout=CLIENT_TIMEOUT_S)
+                connection.sock = socket.create_connection((address, 80), timeout=CLIENT_TIMEOUT_S)
             connection.request("GET", path)
             reply = connection.getresponse()
             body = reply.read()

@@ -31,14 +31,15 @@ class LoadRun:
     """A load under way.
 
     :param seconds: how long it lasts, from when all its connections stand.
+    :param target: the guest's address.
     :param options: of ``remus_colo.testbed.load``, with underscores.
     """
 
-    def __init__(self, bed: Bed, seconds: float, **options: Any) -> None:
+    def __init__(self, bed: Bed, seconds: float, target: str = ADDRESS, **options: Any) -> None:
         self.seconds = seconds
         self._files = tempfile.TemporaryDirectory(prefix="testbed-load-")
         self._path = Path(self._files.name)
-        argv = [sys.executable, "-m", "remus_colo.testbed.load", "--target", ADDRESS, "--seconds", f"{seconds:g}",
+        argv = [sys.executable, "-m", "remus_colo.testbed.load", "--target", target, "--seconds", f"{seconds:g}",
                 "--json", "--progress", "--log", str(self._path / "log"), *words(options)]  # fmt: skip
         with open(self._path / "out", "wb") as out, open(self._path / "err", "wb") as err:
             self._process = bed.client_popen(

@@ -60,6 +60,30 @@ def test_the_domain_is_as_the_test_bed_expects_it() -> None:
         assert line in lines
 
 
+def test_a_second_guest_has_a_name_and_addresses_of_its_own() -> None:
+    first = guest_image.domain_config().splitlines()
+    second = guest_image.second_guest(guest_image.domain_config()).splitlines()
+    changed = [line for line in second if line not in first]
+    assert changed[0] == 'name="web2"'
+    assert changed[1].startswith('cmdline="guest.address=10.77.0.11 console=hvc0 ')
+    assert changed[2:] == ['vif=["bridge=xenbr0,mac=00:16:3e:77:00:11"]']
+
+
+# The part of the guest's init that finds its address.
+ADDRESS_LINES = re.compile(r"^address=.*?^done$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "address"), [("quiet a=b", "10.77.0.10"), ("guest.address=10.77.0.11 console=hvc0 quiet * a", "10.77.0.11")]
+)
+def test_the_guest_takes_the_address_that_it_is_given(tmp_path: Path, cmdline: str, address: str) -> None:
+    (tmp_path / "cmdline").write_text(cmdline + "\n")
+    found = ADDRESS_LINES.search(guest_root.source("init").decode())
+    assert found is not None
+    script = found[0].replace("/proc/cmdline", str(tmp_path / "cmdline")) + '\necho "$address"'
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout == f"{address}\n"
+
+
 # -- the cache
 
 
