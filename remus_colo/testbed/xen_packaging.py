@@ -8,6 +8,7 @@ machine's Xen libraries in place of those that the build would just have made; a
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -26,7 +27,8 @@ SITE = "usr/lib/python3/dist-packages"
 BUILD_LIMIT_S = 900
 # What a user of classic Remus has: the modules beside the distribution's own, and the command.
 USE = """
-import remus_colo.classic.finder
+import site, sys
+site.addsitedir(sys.argv[1])  # which it is once the package is installed: the .pth file in it counts
 import remus_colo._native._xen
 import xen.remus, xen.lowlevel, xen.xend
 for module in (remus_colo, xen.remus, remus_colo._native._xen):
@@ -52,7 +54,7 @@ def check(source: XenSource, series: Path) -> list[str]:
              f"remus_libdir=/usr/lib/{libraries}"],
             tree,
         )  # fmt: skip
-        shown = _step("import xen.remus", ["/usr/bin/python3", "-c", USE], tree, PYTHONPATH=str(root / SITE))
+        shown = _step("import xen.remus", ["/usr/bin/python3", "-c", USE, str(root / SITE)], tree, PYTHONPATH=str(root / SITE))
         strangers = [line for line in shown.splitlines() if not line.startswith(str(root))]
         if strangers:
             raise HostError(f"what was imported is not what was installed: {', '.join(strangers)}")
@@ -60,12 +62,14 @@ def check(source: XenSource, series: Path) -> list[str]:
                       PYTHONPATH=str(root / SITE))  # fmt: skip
         if "usage: remus" not in usage:
             raise HostError(f"the installed remus says {usage[:200]!r}")
-        if not (root / "usr/bin/remusd").exists():
-            raise HostError("remusd was not installed")
+        unit = root / "usr/lib/systemd/system/remusd.service"
+        command = re.search(r"^ExecStart=(\S+)", unit.read_text(), re.MULTILINE) if unit.exists() else None
+        if command is None or not (root / command[1].lstrip("/")).exists():
+            raise HostError(f"remusd.service starts {command[1] if command else 'nothing'}, which was not installed")
         return [
             f"applied to xen {source.version}: {', '.join(applied)}",
             f"its step built and installed remus_colo ({files} files of this checkout as the component {COMPONENT})",
-            "xen.remus, xen.xend and the compiled module import from the installed tree; remus runs",
+            "xen.remus, xen.xend and the compiled module import from the installed tree; remus runs, and remusd has its unit",
         ]
 
 
