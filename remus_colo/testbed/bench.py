@@ -113,6 +113,11 @@ def report(found: dict[str, Any]) -> str:
     for interval_ms, by_tool in found["standstill_ms"].items():
         for tool, seen in by_tool.items():
             lines.append(f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them, {seen['share']:.0%} of the time)")
+            stopped = seen["stopped"]
+            lines.append(
+                f"domain stopped, as Xen has it, {tool} -i {interval_ms}: p50 {stopped['p50']} ms, p99 {stopped['p99']} ms "
+                f"({stopped['count']} of them; looked at every {stopped['resolution_ms']} ms)"
+            )
     lines.append(f"left without waiting for a checkpoint, COLO: {found['released_without_checkpoint']}")
     return "\n".join(lines)
 

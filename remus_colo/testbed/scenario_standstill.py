@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long a guest stands still for a checkpoint, as a client sees it: our ``remus`` beside Xen's own ``xl remus``.
+"""How long a guest stands still for a checkpoint: our ``remus`` beside Xen's own ``xl remus``, on the same guest at the same interval.
 
 Both replicate to nowhere and hold no output, so that all a client notices of a checkpoint is that the guest does not answer
-while it is stopped.  A stream of datagrams, each sent when the answer to the one before is there, has one answer for each checkpoint that
-is late by just that.
+while it is stopped.  Each is measured twice, by the same means for both:
+
+* as a client sees it: a stream of datagrams, each sent when the answer to the one before is there, has one answer for each checkpoint that
+  is late by just that.  It has what the guest itself does to suspend and resume; but what is shorter than the longest delay without
+  checkpoints does not show.
+* as Xen has it: how long the domain is suspended or paused (:mod:`remus_colo.testbed.standstill_watch`).  It has every checkpoint, from
+  the guest's suspend call on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import subprocess
 import time
@@ -17,6 +23,7 @@ from typing import Any
 
 from remus_colo.testbed import scenario_figures
 from remus_colo.testbed.scenario import GUEST, Protection
+from remus_colo.testbed.standstill_watch import Seen
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +41,16 @@ def compare(protection: Protection, intervals_ms: tuple[int, ...], seconds: floa
     """
     found: dict[str, dict[str, Any]] = {}
     for interval_ms in intervals_ms:
-        quiet_ms, gaps_ms = 0.0, {}
+        quiet_ms, gaps_ms, stops = 0.0, {}, {}
         for tool, checkpoints in ((OURS, _ours), (XL, _xl)):
             log.info("standstill: %s -i %d", tool, interval_ms)
             quiet_ms = max(quiet_ms, _longest_ms(protection, seconds / 3))
             with checkpoints(protection, interval_ms):
                 gaps_ms[tool] = _gaps_ms(protection, seconds)
-        found[str(interval_ms)] = {tool: _figures(gaps, quiet_ms, seconds) for tool, gaps in gaps_ms.items()}
+                stops[tool] = _watch(protection, seconds)
+        found[str(interval_ms)] = {
+            tool: _figures(gaps, quiet_ms, seconds) | {"stopped": _stopped(stops[tool])} for tool, gaps in gaps_ms.items()
+        }
     return found
 
 
@@ -54,6 +64,25 @@ def _figures(gaps_ms: list[float], quiet_ms: float, seconds: float) -> dict[str,
         "share": round(sum(seen) / 1000 / seconds, 3),
         "longest_without_ms": quiet_ms,
     }
+
+
+def _stopped(seen: Seen) -> dict[str, Any]:
+    return {
+        "count": len(seen.stops_ms),
+        "p50": scenario_figures.quantile(seen.stops_ms, 0.5),
+        "p99": scenario_figures.quantile(seen.stops_ms, 0.99),
+        "resolution_ms": seen.resolution_ms,
+    }
+
+
+def _watch(protection: Protection, seconds: float) -> Seen:
+    """How long the domain is stopped each time, with the same load on it."""
+    domid = protection.domains("primary")[GUEST]
+    command = f"python3 -m remus_colo.testbed.standstill_watch {domid} {seconds:g}"
+    load = protection.start_load(seconds, **LOAD)
+    done = protection.bed.exec("primary", command, seconds + BEGIN_TIMEOUT_S)
+    load.result()
+    return Seen(**json.loads(done.stdout))
 
 
 def _gaps_ms(protection: Protection, seconds: float) -> list[float]:

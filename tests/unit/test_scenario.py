@@ -183,9 +183,20 @@ def test_the_benchs_report() -> None:
         "checkpoints": {"start": 1},
         "pause_ms": nothing,
         "remus_pause_ms": {"remus 200 ms": nothing},
-        "standstill_ms": {"200": {"xl remus": {"count": 3, "p50": 80.0, "p99": 90.0}}},
+        "standstill_ms": {
+            "200": {
+                "xl remus": {
+                    "count": 3,
+                    "p50": 80.0,
+                    "p99": 90.0,
+                    "share": 0.08,
+                    "stopped": {"count": 4, "p50": 60.0, "p99": 70.0, "resolution_ms": 1.5},
+                }
+            }
+        },
         "released_without_checkpoint": 0.99,
     }
     shown = bench.report(found)
     assert "rate, of the unprotected guest's: colo 0.50, remus 200 ms 0.20" in shown
-    assert "standstill that a client sees, xl remus -i 200: p50 80.0 ms, p99 90.0 ms (3 of them)" in shown
+    assert "standstill that a client sees, xl remus -i 200: p50 80.0 ms, p99 90.0 ms (3 of them, 8% of the time)" in shown
+    assert "as Xen has it, xl remus -i 200: p50 60.0 ms, p99 70.0 ms (4 of them; looked at every 1.5 ms)" in shown
