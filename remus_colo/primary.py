@@ -30,10 +30,10 @@ from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.clock import ClockSample, best_sample
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import VERSION, Message
+from remus_colo.session.colo_primary import ColoConfig, ColoSession
 from remus_colo.session.console import Console
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
-from remus_colo.session.primary import PrimarySession, SessionConfig
 
 if TYPE_CHECKING:
     from remus_colo.options import ColoOptions
@@ -96,7 +96,7 @@ def agree(
     control: Channel,
     generation: int,
     event: Callable[..., None],
-) -> SessionConfig:
+) -> ColoConfig:
     """Measure the hosts' clocks, and choose how checkpoints are taken."""
     sample, settable = _measure_clocks(control, engine.clock)
     engine.guest.map_memory()
@@ -116,14 +116,14 @@ def agree(
 
 
 def _protect(
-    config: SessionConfig, engine: PvmEngine, store: Store, control: Channel, data: Channel, console: Console
+    config: ColoConfig, engine: PvmEngine, store: Store, control: Channel, data: Channel, console: Console
 ) -> int:
     loop = Loop()
 
     def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
         return Peer(loop, control, data, heartbeat, **callbacks)
 
-    session = PrimarySession(loop, config, engine, store, make_peer, console.event)
+    session = ColoSession(loop, config, engine, store, make_peer, console.event)
     console.watch(loop, session)
 
     def on_signal(number: int, _frame: object) -> None:
@@ -217,7 +217,7 @@ def _measure_clocks(control: Channel, clock: xenctrl.Clock) -> tuple[ClockSample
 
 def _session_config(
     options: ColoOptions, name: str, generation: int, control: Channel, choice: Choice, handles: list[int]
-) -> SessionConfig:
+) -> ColoConfig:
     local, remote = control.addresses
     same_host = local == remote or ipaddress.ip_address(remote).is_loopback
     # VNIs have 24 bits (RFC 7348); 16 vifs of one guest follow each other.
@@ -228,7 +228,7 @@ def _session_config(
         ours, theirs = (None, None) if same_host else (local, remote)
         tunnels[handle] = Tunnel(vni, TUNNEL_PORT, ours, theirs)
         backup_tunnels[handle] = Tunnel(vni, TUNNEL_PORT, theirs, ours)
-    return SessionConfig(
+    return ColoConfig(
         name=name,
         mode=choice.mode,
         heartbeat=HeartbeatConfig(options.heartbeat_interval_s, options.heartbeat_timeout_s),

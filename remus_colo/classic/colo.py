@@ -17,9 +17,9 @@ from remus_colo.devices.device import CheckpointedDevice, DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost
 from remus_colo.options import ColoOptions
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
+from remus_colo.session.colo_primary import ColoSession
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
-from remus_colo.session.primary import PrimarySession
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def run(
     calls: Calls,
     *,
     period_s: float,
-    on_session: Callable[[PrimarySession], None] = lambda session: None,
+    on_session: Callable[[ColoSession], None] = lambda session: None,
 ) -> None:
     """Protect a domain until a call ends it, or something fails.
 
@@ -82,7 +82,7 @@ def run(
 
         waiter = Waiter(calls.wait)
         devices = DeviceSet([CallingDevice(calls, lambda: session.request_stop()), waiter])
-        session = PrimarySession(loop, config, engine, store, make_peer, lambda *_, **__: None, devices)
+        session = ColoSession(loop, config, engine, store, make_peer, lambda *_, **__: None, devices)
         waiter.session = session
         on_session(session)
         try:
@@ -101,7 +101,7 @@ class Waiter(CheckpointedDevice):
     """Calls a script after each checkpoint, in a thread of its own, to wait for the next."""
 
     def __init__(self, wait: Callable[[], Any] | None) -> None:
-        self.session: PrimarySession | None = None
+        self.session: ColoSession | None = None
         self._wait = wait
         self._wanted = threading.Event()
         self._ended = False

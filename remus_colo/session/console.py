@@ -71,7 +71,9 @@ class Console:
             loop.call_later(REFRESH_S, refresh)
 
         def count() -> None:
-            self._log.event("counters", **session.packet_counters(), silence_ms=round(session.peer.silence_s() * 1000))
+            self._log.event(
+                "counters", **session.packet_counters(), silence_ms=round(session.peer.silence_s() * 1000)
+            )
             loop.call_later(COUNT_S, count)
 
         refresh()
@@ -86,8 +88,8 @@ class Console:
             mode=session.engine.mode.value,
             epoch=stats.epoch,
             checkpoints=tuple(sorted(stats.reasons.items())),
-            pause_ms=stats.pause_s[-1] * 1000 if stats.pause_s else None,
-            pages=stats.pages if stats.pause_s else None,
+            pause_ms=None if stats.pause_s is None else stats.pause_s * 1000,
+            pages=None if stats.pause_s is None else stats.pages,
             released=counters["released_equal"] + counters["released_commit"],
             held=counters["held"],
             diverged=counters["diverged"],

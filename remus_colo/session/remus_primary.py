@@ -23,18 +23,17 @@ from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.periodic import Ended, RoundTimes
-from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S, Suspender
+from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.devices.device import DeviceSet
 from remus_colo.devices.netbuffer import held_packets, sent_packets
 from remus_colo.errors import PeerLost, RemusError, XenError
-from remus_colo.failover.primary import PrimaryAction as A
 from remus_colo.failover.primary import PrimaryEvent as E
 from remus_colo.failover.primary import PrimaryState
 from remus_colo.relocation.schema import MessageType
 from remus_colo.session.addresses import AddressWatch
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
-from remus_colo.session.primary import GUEST_CHECK_S, STOP_TIMEOUT_S, PrimarySession
+from remus_colo.session.primary import PrimarySession
 from remus_colo.session.remus_sender import MODE, CheckpointSender
 from remus_colo.session.remus_worker import REASON, CheckpointWorker, checkpoint_fields
 
@@ -142,7 +141,9 @@ class WatchedPath:
 class SendingWorker(CheckpointWorker):
     """Checkpoints that go to the backup, each when the session's loop grants it, committed when that says so."""
 
-    def __init__(self, session: RemusSession, sender: CheckpointSender, suspender: Suspender, **options: Any) -> None:
+    def __init__(
+        self, session: RemusSession, sender: CheckpointSender, suspender: Suspender, **options: Any
+    ) -> None:
         super().__init__(suspender, session.devices, **options)
         self.sender = sender
         self._session = session
@@ -212,9 +213,9 @@ class RemusSession(PrimarySession):
     """
 
     QUIET = True  # several a second
-    config: RemusConfig  # type: ignore[assignment]
-    engine: RemusEngine  # type: ignore[assignment]
-    path: WatchedPath  # type: ignore[assignment]
+    config: RemusConfig
+    engine: RemusEngine
+    path: WatchedPath
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class RemusSession(PrimarySession):
     ) -> None:
         self._granted = threading.Event()
         self._domain_config = toolstack.domain_config(engine.guest.domid)
-        super().__init__(loop, config, engine, store, make_peer, event, devices)  # type: ignore[arg-type]
+        super().__init__(loop, config, engine, store, make_peer, event, devices)
         sender = CheckpointSender(self.peer.data, compress=config.compression, describe=self._describe)
         self.worker = self._make_worker(
             self,
@@ -246,9 +247,9 @@ class RemusSession(PrimarySession):
         return SendingWorker(*args, **options)
 
     def _start_worker(self) -> None:
-        self._guest_thread("checkpoints", self.worker.run, self._on_worker_ended)
+        self.guest_thread("checkpoints", self.worker.run, self._on_worker_ended)
 
-    def _make_path(self) -> WatchedPath:  # type: ignore[override]
+    def _make_path(self) -> WatchedPath:
         return WatchedPath(self.loop, self.engine.layout.vifs, self.store)
 
     def _describe(self) -> dict[str, Any]:
@@ -274,12 +275,12 @@ class RemusSession(PrimarySession):
                 "timeout_s": self.config.heartbeat.timeout_s,
             },
         )
-        self._event("creating", mode=MODE)
+        self.event("creating", mode=MODE)
 
     def _maybe_begin(self) -> None:
         if self._created and self.machine.state is PrimaryState.CREATING:
             self._lan.start()
-            self._handle(E.SVM_CREATED)
+            self.handle(E.SVM_CREATED)
 
     def _start_checkpoint(self) -> None:
         self.stats.epoch += 1
@@ -298,27 +299,27 @@ class RemusSession(PrimarySession):
 
     def _due(self) -> None:
         if self.machine.state is PrimaryState.PROTECTED:
-            self._handle(E.CHECKPOINT_DUE, reason=REASON)
+            self.handle(E.CHECKPOINT_DUE, reason=REASON)
 
     def _on_checkpoint(self, times: RoundTimes) -> None:
         """In the checkpoints' thread."""
         self.stats.reasons[REASON] += 1
-        self.stats.pause_s = [times.pause_s]  # the status shows the last one; the log has them all
+        self.stats.pause_s = times.pause_s
         self.stats.bytes_sent = self.worker.sender.sent_bytes
-        self._event("checkpoint", **checkpoint_fields(times), sent_bytes=self.worker.sender.sent_bytes)
+        self.event("checkpoint", **checkpoint_fields(times), sent_bytes=self.worker.sender.sent_bytes)
 
     def _release_committed(self) -> None:
         self.worker.probe("c")
         try:
             self.devices.commit()
         except RemusError as error:
-            self.loop.call(functools.partial(self._fail, error))  # not from within the transition
+            self.loop.call(functools.partial(self.fail, error))  # not from within the transition
         self.worker.probe("c2")
         self.worker.acknowledged(self.stats.epoch)
 
     def _resume_comparing(self) -> None:
         if self.stats.epoch == 1:
-            self._event("protected", mode=MODE)
+            self.event("protected", mode=MODE)
         self.worker.resumed(self.stats.epoch)
 
     def _abandon_capture(self) -> None:
@@ -330,24 +331,19 @@ class RemusSession(PrimarySession):
         if isinstance(error, PeerLost):
             log.info("%s", error)  # its readers report the loss
             return
-        if isinstance(error, RemusError) and not self._guest_alive():
+        if isinstance(error, RemusError) and not self.guest_alive():
             return
-        self._fail(error)
+        self.fail(error)
 
     # -- the end -------------------------------------------------------------------------------------------
 
-    def _handle(self, event: E, reason: str = "") -> None:
-        super()._handle(event, reason)
+    def handle(self, event: E, reason: str = "") -> None:
+        super().handle(event, reason)
         if self.machine.state not in CHECKPOINTS_GO_ON:
             self.worker.end()
 
-    def _check_guest(self) -> None:
-        self.loop.call_later(GUEST_CHECK_S, self._check_guest)
-        if not self._guest_alive() or self.machine.final or self.machine.state is PrimaryState.CONNECTING:
-            return
-        if self._lan.conflict():
-            self._event("lan-conflict")
-            self._handle(E.LAN_CONFLICT)
+    def _look_at_packets(self) -> None:
+        pass  # a buffer that is full drops, as any queue does
 
     def packet_counters(self) -> dict[str, int]:
         return {
@@ -360,13 +356,13 @@ class RemusSession(PrimarySession):
     def _release_all(self) -> None:
         self.devices.release_all()
 
-    def _clean_up(self) -> None:
-        drop_held = A.DROP_HELD in self.machine.ordered
-        self.worker.end()
-        self._lan.close()
-        self.peer.close()
-        if not self._guest_at_rest.wait(SUSPEND_TIMEOUT_S + STOP_TIMEOUT_S):
-            log.error("%s was asked to suspend, did not, and may yet: look after it with 'xl list'", self.config.name)
-        self.devices.teardown(drop_held=drop_held)
-        self.path.close()
-        self.engine.close()
+    def _end_steps(self) -> list[Callable[[], object]]:
+        return [
+            self.worker.end,
+            self._lan.close,
+            self.peer.close,
+            self._await_rest,
+            lambda: self.devices.teardown(drop_held=self._drops_held),
+            self.path.close,
+            self.engine.close,
+        ]

@@ -18,7 +18,7 @@ from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.classic import colo
 from remus_colo.classic.protection import Link
 from remus_colo.errors import RemusError
-from remus_colo.session.primary import PrimarySession
+from remus_colo.session.colo_primary import ColoSession
 
 __all__ = [
     "XCFLAGS_LIVE",
@@ -290,5 +290,5 @@ class ColoSaver(Saver):
         except RemusError as error:
             raise CheckpointError(str(error)) from error
 
-    def _meet(self, session: PrimarySession) -> None:
+    def _meet(self, session: ColoSession) -> None:
         self.nics = [device.ColoNIC(vif, path) for vif, path in zip(self.vm.vifs, session.path.vifs, strict=False)]

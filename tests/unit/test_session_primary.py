@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A protection on the primary host, from its beginning to whatever ends it: the guest must go on, as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from remus_colo.checkpoint.guestinfo import Mode
+from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, XenError
+from remus_colo.failover.primary import PrimaryEvent
+from remus_colo.proxy.comparator import CheckpointRequest, Reason
+from remus_colo.relocation.schema import MessageType
+
+MODES = (Mode.TRANSPARENT, Mode.COOPERATIVE)
+
+
+def stop_when_protected(world: World) -> None:
+    world.on_event["protected"] = world.session.request_stop
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_from_the_beginning_to_the_end(mode: Mode) -> None:
+    world = World(mode)
+    stop_when_protected(world)
+    assert world.run() is ExitStatus.OK
+    world.assert_clean()
+    assert world.states() == ["creating", "syncing", "committed", "protected", "stopping", "stopped"]
+    assert world.backup.received.count(MessageType.STOP) == 1
+    assert world.session.stats.reasons == {"start": 1}
+
+
+AT_START = ("suspend", "start_logging", "await_connected", "path.start")
+AT_CHECKPOINT = (
+    "prepare",
+    "hold_input",
+    "drain_input",
+    "collect",
+    "cut",
+    "release_input",
+    "commit",
+    "secondary_resumed",
+)
+ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a bug"))
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("step", (*AT_START, *AT_CHECKPOINT))
+@pytest.mark.parametrize("mode", MODES)
+def test_whatever_fails_the_guest_goes_on(mode: Mode, step: str, error: Exception) -> None:
+    """At the beginning: one step fails, and nothing is left of the attempt on either host."""
+    world = World(mode)
+    world.faults.planned[step] = error
+    ended = world.run()
+    world.assert_clean()
+    if isinstance(error, RemusError):
+        assert ended is error.exit_status
+        assert world.session.failure is error
+    else:
+        assert ended is error
+    assert world.backup.received.count(MessageType.STOP) == 1
+    assert world.path.dropped is False
+    assert "error" in world.names()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("step", AT_CHECKPOINT)
+@pytest.mark.parametrize("mode", MODES)
+def test_whatever_fails_in_a_later_checkpoint(mode: Mode, step: str, error: Exception) -> None:
+    world = World(mode)
+
+    def protected() -> None:
+        world.faults.planned[step] = error
+        world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
+
+    world.on_event["protected"] = protected
+    ended = world.run()
+    world.assert_clean()
+    assert ended is (error.exit_status if isinstance(error, RemusError) else error)
+    assert world.backup.received.count(MessageType.STOP) == 1
+
+
+@pytest.mark.parametrize("first", [XenError("Xen refused"), RuntimeError("a bug")], ids=["error", "bug"])
+def test_a_second_error_ends_it_at_once_and_the_backup_is_told(first: Exception) -> None:
+    world = World()
+    world.faults.planned = {"secondary_resumed": first}
+    world.backup.at[MessageType.STOP, 1] = lambda message: world.session.loop.call(lambda: 1 // 0)
+    ended = world.run()
+    world.assert_clean()
+    assert ended is first if isinstance(first, RuntimeError) else ended is ExitStatus.HOST
+    assert world.backup.received.count(MessageType.BYE) == 1
+
+
+def test_a_part_of_the_end_that_fails_does_not_keep_the_others() -> None:
+    world = World()
+    stop_when_protected(world)
+    bug = RuntimeError("a bug")
+    world.faults.planned["path.close"] = bug
+    assert world.run() is bug
+    assert world.engine.closed
+    assert world.engine.guest.running
+
+
+def test_a_bug_while_nobody_knows_who_is_active_releases_nothing() -> None:
+    """It waits for the verdict, as for any other reason to end."""
+    world = World(fence=("/bin/sh", "-c", "exit 7"))  # no verdict
+
+    def protected() -> None:
+        world.backup.leave()
+
+    world.on_event["protected"] = protected
+
+    def arbitrating() -> None:
+        world.loop.call(lambda: 1 // 0)
+        world.loop.call_later(0.1, lambda: world.loop.call(lambda: 1 // 0))
+
+    world.on_event["arbitrating"] = arbitrating
+    ended = world.run()
+    assert isinstance(ended, ZeroDivisionError)
+    assert world.path.dropped is True
+    assert "release_all" not in world.steps
+    world.assert_clean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_guest_that_is_destroyed_in_a_checkpoint(mode: Mode) -> None:
+    world = World(mode)
+
+    def gone() -> None:
+        world.engine.guest.gone = True
+        raise XenError("there is no such domain", domid=7, errno=3)
+
+    world.at["collect"] = gone
+    assert world.run() is ExitStatus.OK
+    assert "guest-gone" in world.names()
+    assert "error" not in world.names()
+    assert world.path.closed
+    assert world.engine.closed
+
+
+def test_a_takeover_stops_the_guest_and_nothing_is_released() -> None:
+    world = World()
+    world.on_event["protected"] = lambda: world.backup.say(MessageType.TAKEOVER)
+    assert world.run() is ExitStatus.FENCED
+    assert world.engine.guest.gone
+    assert world.path.dropped is True
+    assert "release_all" not in world.steps
+    assert world.path.links.set_down.called
+
+
+def test_a_takeover_stops_the_guest_whatever_fails() -> None:
+    world = World()
+    world.path.links.set_down.side_effect = RuntimeError("a bug")
+    world.on_event["protected"] = lambda: world.backup.say(MessageType.TAKEOVER)
+    assert isinstance(world.run(), RuntimeError)
+    assert world.engine.guest.gone
+    assert world.path.dropped is True
+
+
+# -- the backup is lost ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("message", "count", "status"),
+    [
+        (MessageType.CREATE, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CREATE_STREAM, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.PREPARE, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CHECKPOINT_BEGIN, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CHECKPOINT_END, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.PREPARE, 2, ExitStatus.UNPROTECTED),
+        (MessageType.CHECKPOINT_BEGIN, 2, ExitStatus.UNPROTECTED),
+        (MessageType.CHECKPOINT_END, 2, ExitStatus.UNPROTECTED),
+        (MessageType.STOP, 1, ExitStatus.OK),
+    ],
+)
+def test_a_backup_that_is_lost_at_any_moment(
+    mode: Mode, message: MessageType, count: int, status: ExitStatus
+) -> None:
+    world = World(mode)
+    world.backup.at[message, count] = lambda _: world.backup.leave()
+
+    def protected() -> None:
+        if message is MessageType.STOP:
+            world.session.request_stop()
+        else:
+            world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
+
+    world.on_event["protected"] = protected
+    assert world.run() is status
+    world.assert_clean()
+    assert world.path.dropped is False
+    assert ("unprotected" in world.names()) is (status is ExitStatus.UNPROTECTED)
+
+
+def test_a_backup_that_leaves_before_the_svm_has_stopped_costs_no_packet() -> None:
+    """There was no cut: what the comparator holds is let go by the end, and input comes in again at once."""
+    world = World(Mode.COOPERATIVE)
+    world.backup.at[MessageType.PREPARE, 2] = lambda _: world.backup.leave()
+    world.on_event["protected"] = lambda: world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
+    assert world.run() is ExitStatus.UNPROTECTED
+    assert world.steps.count("cut") == 1  # the first checkpoint's
+    assert "release_all" in world.steps
+    world.assert_clean()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_that_is_given_up_while_the_guest_suspends(mode: Mode) -> None:
+    """The copy does not come about, and the guest goes on."""
+    world = World(mode)
+
+    def protected() -> None:
+        def lost() -> None:
+            world.backup.leave()
+            if mode is Mode.COOPERATIVE:  # in a thread: the loop learns of it meanwhile
+                while "unprotected" not in world.names():
+                    pass
+
+        world.at["suspend" if mode is Mode.COOPERATIVE else "pause"] = lost
+        world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
+
+    world.on_event["protected"] = protected
+    assert world.run() is ExitStatus.UNPROTECTED
+    world.assert_clean()
+
+
+def test_a_backup_that_refuses_says_why() -> None:
+    world = World()
+    world.backup.at[MessageType.CREATE, 1] = lambda _: world.backup.say(
+        MessageType.REFUSE, reason="there is no bridge 'xenbr7'", exit_status=5
+    )
+    assert world.run() is ExitStatus.PEER_REFUSED
+    assert "no bridge 'xenbr7'" in str(world.session.failure)
+    world.assert_clean()
+
+
+@pytest.mark.parametrize(
+    ("silent_from", "status"),
+    [
+        (MessageType.CREATE, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CHECKPOINT_END, ExitStatus.PEER_UNREACHABLE),
+    ],
+)
+def test_a_backup_that_falls_silent(silent_from: MessageType, status: ExitStatus) -> None:
+    world = World(timeout_s=0.2)
+    world.backup.at[silent_from, 1] = lambda _: None
+    assert world.run() is status
+    assert isinstance(world.session.failure, PeerLost)
+    world.assert_clean()
+
+
+# -- requests --------------------------------------------------------------------------------------------------
+
+
+def test_a_request_during_a_checkpoint_is_kept_if_it_came_after_the_cut() -> None:
+    """What is asked for before the guest is copied is settled by that copy; what is asked for after it is not."""
+    world = World()
+
+    def protected() -> None:
+        world.at["collect"] = lambda: world.session._checkpoints.request(
+            CheckpointRequest(Reason.USER, "before")
+        )
+        world.at["release_input"] = lambda: world.session._checkpoints.request(
+            CheckpointRequest(Reason.USER, "after")
+        )
+        world.at["commit"] = lambda: world.session._checkpoints.request(
+            CheckpointRequest(Reason.USER, "also after")
+        )
+        world.session.request_checkpoint(CheckpointRequest(Reason.USER, "first"))
+
+    world.on_event["protected"] = protected
+    world.backup.at[MessageType.CHECKPOINT_END, 3] = lambda message: (
+        world.backup.answer(message),
+        world.session.request_stop(),
+    )
+    assert world.run() is ExitStatus.OK
+    asked = [fields["detail"] for name, fields in world.events if name == "checkpoint-asked"]
+    assert asked == ["first", "after"]
+    world.assert_clean()
+
+
+def test_a_stop_while_a_request_waits() -> None:
+    world = World()
+
+    def protected() -> None:
+        world.session._checkpoints.request(CheckpointRequest(Reason.USER, ""))
+        world.session.handle(PrimaryEvent.STOP_REQUESTED, reason="the user's")
+
+    world.on_event["protected"] = lambda: world.loop.call(protected)
+    assert world.run() is ExitStatus.OK
+    assert world.session.stats.epoch == 1
+    world.assert_clean()
