@@ -23,10 +23,12 @@ from remus_colo.relocation.handshake import COLO
 from remus_colo.relocation.pairing import Pairing
 from remus_colo.relocation.server import Server
 from remus_colo.relocation.wire import Message
-from remus_colo.session.backup import BackupConfig, BackupSession, Creation
+from remus_colo.session.backup import BackupConfig, BackupSession
+from remus_colo.session.colo_backup import ColoBackupSession
+from remus_colo.session.creation import Creation, RemusCreation
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
-from remus_colo.session.remus_backup import RemusBackupSession, RemusCreation
+from remus_colo.session.remus_backup import RemusBackupSession
 from remus_colo.session.remus_sender import MODE as REMUS_MODE
 
 log = logging.getLogger(__name__)
@@ -125,7 +127,7 @@ class Daemon:
         if isinstance(creation, RemusCreation):
             session = RemusBackupSession(config, creation, make_peer, self._clock, event)
         else:
-            session = BackupSession(config, creation, make_peer, self._clock, event)
+            session = ColoBackupSession(config, creation, make_peer, self._clock, event)
         with self._lock:
             self._sessions[create.generation] = session
             stopping = self._stopping

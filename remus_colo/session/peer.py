@@ -98,15 +98,21 @@ class Peer:
         self._lock = threading.Lock()
         self._ask_clock = ask_clock
         self.clocks = (
-            None if clock is None else ClockWatch(clock, lambda kind, fields: control.send_control(kind, 0, fields))
+            None
+            if clock is None
+            else ClockWatch(clock, lambda kind, fields: control.send_control(kind, 0, fields))
         )
         self._seen = 0  # the last sequence number of the peer's heartbeats
         self.quiet_state: Callable[[str], bool] = lambda state: False
 
     def start(self) -> None:
         self.monitor.beat(time.monotonic())
-        for channel, inbox, name in zip((self.control, self.data), self._inboxes, ("control", "data"), strict=True):
-            threading.Thread(target=self._read, args=(channel, inbox), name=f"peer-{name}", daemon=True).start()
+        for channel, inbox, name in zip(
+            (self.control, self.data), self._inboxes, ("control", "data"), strict=True
+        ):
+            threading.Thread(
+                target=self._read, args=(channel, inbox), name=f"peer-{name}", daemon=True
+            ).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def close(self) -> None:
@@ -127,24 +133,25 @@ class Peer:
     # -- reading ---------------------------------------------------------------------------------------
 
     def _read(self, channel: Channel, inbox: Inbox) -> None:
+        try:
+            self._read_all(channel, inbox)
+        except RemusError as error:
+            if not self._closing.is_set():
+                self._report_lost(error)
+        except Exception as error:
+            # Without this reader the other host would be there, by its heartbeats, and never heard.
+            log.exception("reading from %s", channel.peer)
+            self._report_lost(PeerLost(f"what {channel.peer} sent could not be handled: {error!r}"))
+
+    def _read_all(self, channel: Channel, inbox: Inbox) -> None:
         while not self._closing.is_set():
-            try:
-                message = channel.poll(time.monotonic() + POLL_S)
-            except RemusError as error:
-                if not self._closing.is_set():
-                    self._report_lost(error)
-                return
+            message = channel.poll(time.monotonic() + POLL_S)
             if message is None:
                 continue
             with self._lock:
                 self.monitor.beat(time.monotonic())
-            try:
-                if self.clocks is not None and self.clocks.take(message):
-                    continue
-            except RemusError as error:
-                if not self._closing.is_set():
-                    self._report_lost(error)
-                return
+            if self.clocks is not None and self.clocks.take(message):
+                continue
             if message.type is MessageType.HEARTBEAT:
                 self._heard(message)
             elif message.type is MessageType.CREATE_STREAM and self._on_stream is not None:
@@ -152,8 +159,6 @@ class Peer:
             elif inbox.put(message):
                 with self._lock:
                     self.monitor.beat(time.monotonic())  # it may have waited, and heard nothing meanwhile
-            else:
-                return
 
     def _heard(self, message: Message) -> None:
         self._seen = int(message.fields["sequence"])
@@ -175,24 +180,33 @@ class Peer:
 
     def _beat(self) -> None:
         sequence = 0
-        while not self._closing.wait(self.config.interval_s):
-            if not self._beats() or time.monotonic() - self.loop.turn_s > STUCK_TIMEOUTS * self.config.timeout_s:
-                continue
-            sequence += 1
-            try:
-                self.control.send_control(
-                    MessageType.HEARTBEAT,
-                    0,
-                    {"sequence": sequence, "sent_ns": time.monotonic_ns(), "state": self._state(), "seen": self._seen},
-                )
-                if self._ask_clock and self.clocks is not None:
-                    self.clocks.ask()
-            except RemusError as error:
-                if not self._closing.is_set():
-                    self._report_lost(error)
-                return
-            with self._lock:
-                self.self_monitor.sent(sequence, time.monotonic())
+        try:
+            while not self._closing.wait(self.config.interval_s):
+                if (
+                    self._beats()
+                    and time.monotonic() - self.loop.turn_s <= STUCK_TIMEOUTS * self.config.timeout_s
+                ):
+                    sequence += 1
+                    self._beat_once(sequence)
+        except RemusError as error:
+            if not self._closing.is_set():
+                self._report_lost(error)
+        except Exception as error:
+            log.exception("sending heartbeats")
+            self._report_lost(PeerLost(f"heartbeats can no longer be sent: {error!r}"))
+
+    def _beat_once(self, sequence: int) -> None:
+        fields = {
+            "sequence": sequence,
+            "sent_ns": time.monotonic_ns(),
+            "state": self._state(),
+            "seen": self._seen,
+        }
+        self.control.send_control(MessageType.HEARTBEAT, 0, fields)
+        if self._ask_clock and self.clocks is not None:
+            self.clocks.ask()
+        with self._lock:
+            self.self_monitor.sent(sequence, time.monotonic())
 
     def silence_s(self) -> float:
         with self._lock:

@@ -22,25 +22,18 @@ from remus_colo.adapters.rawlink import RawLink
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
 from remus_colo.checkpoint.receiver import Receiver
-from remus_colo.errors import ConfigError, DomainError, MessageError, RemusError, StateError, XenError
+from remus_colo.errors import DomainError, MessageError, RemusError, StateError
 from remus_colo.failover.arbiter import LanProbe, Verdict
 from remus_colo.failover.backup import BackupEvent as E
 from remus_colo.failover.backup import BackupState
-from remus_colo.options import check_word
 from remus_colo.proxy import announce
 from remus_colo.relocation.bulk import CheckpointDigest, parse_state
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session.backup import (
-    ANNOUNCE_INTERVAL_S,
-    ANNOUNCE_REPEATS,
-    GUEST_CHECK_S,
-    BackupConfig,
-    BackupSession,
-)
-from remus_colo.session.fence import run_hook
+from remus_colo.session.backup import ANNOUNCE_REPEATS, BackupConfig, BackupSession
+from remus_colo.session.creation import RemusCreation
 from remus_colo.session.lan import mac_bytes, probe_guest
-from remus_colo.session.peer import PROBE_WINDOW, HeartbeatConfig, Peer
+from remus_colo.session.peer import Peer
 from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE
 
 log = logging.getLogger(__name__)
@@ -49,49 +42,7 @@ log = logging.getLogger(__name__)
 PAUSES_PER_WINDOW = 2.0
 # A guest that stood still for longer would be no use protected; and a takeover waits for a multiple of it.
 LONGEST_PAUSE_S = 600.0
-# Of one checkpoint, if its guest's memory is not told.
-CHECKPOINT_LIMIT_BYTES = 4 << 30
 NEIGHBOURS = 16  # that are asked, at most
-
-
-@dataclass(frozen=True, slots=True)
-class RemusCreation:
-    """A CREATE message of mode "remus", checked."""
-
-    name: str
-    config: dict[str, Any]
-    same_host: bool
-    handles: tuple[int, ...]
-    heartbeat: HeartbeatConfig
-    clock_offset_ns: int | None = None  # the guest takes this host's clock when it resumes
-
-    @classmethod
-    def parse(cls, message: Message) -> RemusCreation:
-        """:raise MessageError: a part is missing or malformed."""
-        fields = message.fields
-        try:
-            config = dict(fields["config"])
-            name = config["c_info"]["name"]
-            if not isinstance(name, str):
-                raise TypeError(f"the domain's name is {name!r}")
-            check_word("the domain", name)
-            return cls(
-                name=str(fields["name"]),
-                config=config,
-                same_host=bool(fields["tunnel"]["same_host"]),
-                handles=tuple(int(handle) for handle in fields["tunnel"]["vifs"]),
-                heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
-            )
-        except (ConfigError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error
-
-    @property
-    def limit_bytes(self) -> int:
-        """More than this is no checkpoint of that guest: twice its memory, for what the stream has besides."""
-        try:
-            return int(self.config["b_info"]["max_memkb"]) * 1024 * 2
-        except (KeyError, OverflowError, TypeError, ValueError):
-            return CHECKPOINT_LIMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +59,7 @@ class RemusBackupSession(BackupSession):
     """One guest that is kept as its last complete checkpoint."""
 
     QUIET = True  # several a second
-    creation: RemusCreation  # type: ignore[assignment]
+    creation: RemusCreation
 
     def __init__(
         self,
@@ -118,7 +69,7 @@ class RemusBackupSession(BackupSession):
         clock: xenctrl.Clock,
         event: Callable[..., None],
     ) -> None:
-        super().__init__(config, creation, make_peer, clock, event)  # type: ignore[arg-type]
+        super().__init__(config, creation, make_peer, clock, event)
         self._receiver: Receiver | None = None
         self._decoder = DeltaDecoder()
         self._digest = CheckpointDigest()
@@ -138,7 +89,7 @@ class RemusBackupSession(BackupSession):
         except RemusError as error:
             self._svm_failed(error)
             return
-        self.loop.call(lambda: self._handle(E.SVM_CREATED))
+        self.loop.call(lambda: self.handle(E.SVM_CREATED))
 
     def _receiving_config(self) -> dict[str, Any]:
         """The primary's configuration, with bridges of this host.
@@ -159,7 +110,9 @@ class RemusBackupSession(BackupSession):
         for bridge in (named, self.config.lan_bridge):
             if bridge and self._links.exists(bridge):
                 return str(bridge)
-        raise DomainError(f"there is no bridge {named or self.config.lan_bridge!r} on this host: name one by --bridge")
+        raise DomainError(
+            f"there is no bridge {named or self.config.lan_bridge!r} on this host: name one by --bridge"
+        )
 
     def _send_created(self) -> None:
         self.peer.send(MessageType.CREATED, domid=0, ports={}, addresses={})
@@ -175,25 +128,13 @@ class RemusBackupSession(BackupSession):
         except RemusError as error:
             self.loop.call(functools.partial(self._svm_failed, error))
 
-    def _on_message(self, message: Message) -> None:
-        kind = message.type
-        if self._peer_lost or kind not in (
-            MessageType.CHECKPOINT_BEGIN,
-            MessageType.CHECKPOINT_STREAM,
-            MessageType.STATE,
-            MessageType.CHECKPOINT_END,
-        ):
-            super()._on_message(message)
-            return
-        try:
-            self._on_checkpoint(message)
-        except (MessageError, RemusError) as error:
-            log.error("%s: %s", self.creation.name, error)
-            self._lost(str(error))
+    def _end_stream(self) -> None:
+        pass  # nobody waits: xl has a pipe of its own, and is told when to begin
 
     def _on_checkpoint(self, message: Message) -> None:
-        """A message of a checkpoint, from its beginning to its end."""
         kind = message.type
+        if kind is MessageType.PAGES:
+            raise MessageError(f"the primary sent {kind.name}, which is COLO's")
         if kind is MessageType.CHECKPOINT_BEGIN:
             self._begin(message)
         elif kind is MessageType.CHECKPOINT_STREAM:
@@ -214,7 +155,7 @@ class RemusBackupSession(BackupSession):
         else:
             self._digest.verify(message.fields)
             self._complete = message.epoch
-            self._handle(E.CHECKPOINT_COMPLETE)
+            self.handle(E.CHECKPOINT_COMPLETE)
 
     def _begin(self, message: Message) -> None:
         fields = message.fields
@@ -235,7 +176,7 @@ class RemusBackupSession(BackupSession):
         if message.epoch > 1:
             self._digest = CheckpointDigest()
             self._incoming = Incoming(codec == CODEC_DELTA, length, [], [0])
-        self._handle(E.CHECKPOINT_BEGIN)
+        self.handle(E.CHECKPOINT_BEGIN)
 
     def _pause_svm(self) -> None:
         pass  # nothing runs
@@ -255,7 +196,6 @@ class RemusBackupSession(BackupSession):
         if receiver is None:
             raise StateError("a checkpoint, and nobody to take it")
         device_state, self._device_state = self._device_state, b""
-        self._busy = True
 
         def apply() -> float:
             if incoming is not None:
@@ -268,28 +208,24 @@ class RemusBackupSession(BackupSession):
             receiver.feed(libxlformat.checkpoint_end(device_state))
             return 0.0
 
-        self.loop.thread("apply", apply, self._on_applied)
+        self._svm_thread("apply", apply, self._on_applied)
 
     def _on_applied(self, _: float | None, error: BaseException | None) -> None:
-        self._busy = False
         if self.machine.state is BackupState.STANDING_DOWN or self.machine.final:
             return  # xl was ended under its hands
         if error is not None:
             self._svm_failed(error)
         else:
-            self._handle(E.APPLIED)
+            self.handle(E.APPLIED)
 
     def _send_resumed(self) -> None:
         self.peer.send(MessageType.RESUMED, self._epoch)
 
     # -- failover ------------------------------------------------------------------------------------------
 
-    def _judge(self) -> Verdict:
-        """In a thread: the fencing hook if there is one, else whether the guest still answers on the LAN."""
-        if self.config.fence:
-            return run_hook(self.config.fence, self.creation.name, self.peer.control.peer)
+    def _look_at_lan(self, window_s: float) -> Verdict:
         # A guest that stands still for a checkpoint does not answer either.
-        window_s = max(self.creation.heartbeat.timeout_s * PROBE_WINDOW, self._longest_pause_s * PAUSES_PER_WINDOW)
+        window_s = max(window_s, self._longest_pause_s * PAUSES_PER_WINDOW)
         verdicts = [Verdict.UNKNOWN] if not self.creation.handles else []
         for index, handle in enumerate(self.creation.handles):
             bridge = self._bridge_of(index)
@@ -315,7 +251,9 @@ class RemusBackupSession(BackupSession):
         nics = self.creation.config.get("nics", [])
         mac = nics[index].get("mac") if index < len(nics) else None
         if mac is None:
-            raise DomainError(f"the configuration of {self.creation.name} gives its vif {index} no MAC address")
+            raise DomainError(
+                f"the configuration of {self.creation.name} gives its vif {index} no MAC address"
+            )
         return mac_bytes(str(mac))
 
     def _open_lan(self) -> None:
@@ -323,22 +261,24 @@ class RemusBackupSession(BackupSession):
         receiver = self._receiver
         if receiver is None:
             raise StateError("a takeover without a guest")
-        self._busy = True
-        self._event("starting", epoch=self._complete)
-        log.warning("%s: the primary is gone, the guest starts here from checkpoint %d", self.creation.name, self._complete)
-        self.loop.thread("start", lambda: receiver.take_over(self.store), self._on_started)
+        self.event("starting", epoch=self._complete)
+        log.warning(
+            "%s: the primary is gone, the guest starts here from checkpoint %d",
+            self.creation.name,
+            self._complete,
+        )
+        self._svm_thread("start", lambda: receiver.take_over(self.store), self._on_started)
 
     def _on_started(self, domid: int | None, error: BaseException | None) -> None:
-        self._busy = False
         if error is not None:
             self._svm_failed(error)
             return
         self.domid = domid
-        self._event("active", domid=domid)
+        self.event("active", domid=domid)
         self._announce(ANNOUNCE_REPEATS)
 
-    def _announce(self, repeats: int) -> None:
-        """Tell the LAN where the guest is now; the guest does so, too, as soon as its interface is connected."""
+    def _announce_once(self) -> None:
+        """The guest does so, too, as soon as its interface is connected."""
         if self.domid is None:
             return  # not before it is there
         for index, handle in enumerate(self.creation.handles):
@@ -348,40 +288,23 @@ class RemusBackupSession(BackupSession):
                         raw.send(frame)
             except RemusError as error:
                 log.error("could not announce the guest: %s", error)
-        if repeats > 1 and not self.machine.final:
-            self.loop.call_later(ANNOUNCE_INTERVAL_S, lambda: self._announce(repeats - 1))
 
     # -- the end -------------------------------------------------------------------------------------------
 
-    def _check_guest(self) -> None:
-        self.loop.call_later(GUEST_CHECK_S, self._check_guest)
-        if self._busy or self._receiver is None or self.machine.final or self.machine.state is BackupState.STANDING_DOWN:
-            return
+    def _svm_failure(self) -> RemusError | None:
         if self.machine.state is BackupState.ACTIVE:
-            if self.domid is not None and self.store.read(f"/local/domain/{self.domid}/name") is None:
-                self._svm_failed(DomainError("the guest has ended by itself"))
-        elif not self._receiver.running():
-            self._svm_failed(self._receiver.failure())
+            gone = self.domid is not None and self.store.read(f"/local/domain/{self.domid}/name") is None
+            return DomainError("the guest has ended by itself") if gone else None
+        if self._receiver is None or self._receiver.running():
+            return None
+        return self._receiver.failure()
 
-    def _destroy_svm(self) -> None:
-        receiver = self._receiver
+    def _destroy(self) -> None:
+        if self._receiver is not None:
+            self._receiver.abort(self.store)
 
-        def destroy() -> None:
-            if receiver is not None:
-                receiver.abort(self.store)
-
-        def done(_: object, error: BaseException | None) -> None:
-            if error is not None:
-                if not isinstance(error, XenError):
-                    log.exception("while ending the copy", exc_info=error)
-                log.error("the copy was not destroyed: %s", error)
-            self._handle(E.SVM_DESTROYED)
-
-        self.loop.thread("destroy", destroy, done)
-
-    def _clean_up(self) -> None:
-        self._links.close()
-        super()._clean_up()
+    def _end_steps(self) -> list[Callable[[], object]]:
+        return [self._links.close, self.peer.close]
 
 
 def _by_handle(known: dict[str, list[str]]) -> dict[int, list[IPv4Address]]:

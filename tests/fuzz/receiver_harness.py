@@ -20,6 +20,7 @@ from unittest import mock
 from remus_colo.checkpoint.transfer import STATE_CONTEXT, STATE_GRANTS, STATE_HASHES, STATE_ZERO_GFNS
 from remus_colo.daemon_options import DaemonOptions
 from remus_colo.errors import PeerLost
+from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import BackupEvent, BackupState
 from remus_colo.options import TlsFiles
 from remus_colo.relocation import bulk, listen, tls
@@ -31,7 +32,9 @@ from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.server import Server
 from remus_colo.relocation.wire import Message
 from remus_colo.session import backup
-from remus_colo.session.backup import BackupConfig, BackupSession, Creation
+from remus_colo.session.backup import BackupConfig
+from remus_colo.session.colo_backup import ColoBackupSession
+from remus_colo.session.creation import Creation
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 
@@ -66,7 +69,7 @@ def begin_fields(pages: int) -> dict[str, Any]:
     }
 
 
-class Session(BackupSession):
+class Session(ColoBackupSession):
     """A session whose SVM is thin air: it is made, paused, loaded and destroyed at once."""
 
     def _create_svm(self) -> None:
@@ -78,7 +81,7 @@ class Session(BackupSession):
         def restored(_: object, error: BaseException | None) -> None:
             assert error is None
             self.domid = 5
-            self._handle(BackupEvent.SVM_CREATED)
+            self.handle(BackupEvent.SVM_CREATED)
 
         self.loop.thread("restore", restore, restored)
 
@@ -88,25 +91,25 @@ class Session(BackupSession):
     def _apply_checkpoint(self) -> None:
         received, self._received = self._received, None
         assert received is not None
-        self.loop.call(lambda: self._handle(BackupEvent.APPLIED))
+        self.loop.call(lambda: self.handle(BackupEvent.APPLIED))
 
     def _resume_svm(self) -> None:
         pass
 
     def _send_resumed(self) -> None:
-        self._event("applied", epoch=self._epoch)
+        self.event("applied", epoch=self._epoch)
         self.peer.send(MessageType.RESUMED, self._epoch)
 
-    def _ask_arbiter(self) -> None:
+    def _judge(self) -> Verdict:
         # the other host lives: a session that took over would never end
-        self.loop.call(lambda: self._handle(BackupEvent.PRIMARY_ALIVE))
+        return Verdict.ALIVE
 
     def _suspect(self) -> None:
         pass
 
     def _destroy_svm(self) -> None:
         self._end_stream()
-        self.loop.call(lambda: self._handle(BackupEvent.SVM_DESTROYED))
+        self.loop.call(lambda: self.handle(BackupEvent.SVM_DESTROYED))
 
 
 class Failures(logging.Handler):

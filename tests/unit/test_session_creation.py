@@ -12,8 +12,7 @@ from remus_colo.errors import MessageError
 from remus_colo.relocation import bulk
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session.backup import Creation
-from remus_colo.session.remus_backup import RemusCreation
+from remus_colo.session.creation import Creation, RemusCreation
 
 
 def fields(mode: str = "transparent") -> dict[str, Any]:
@@ -42,9 +41,15 @@ def test_a_good_one() -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        *((("heartbeat", "interval_s"), value) for value in (0, -1, 1e-300, float("inf"), 2, 3, None, "x", [])),
+        *(
+            (("heartbeat", "interval_s"), value)
+            for value in (0, -1, 1e-300, float("inf"), 2, 3, None, "x", [])
+        ),
         *((("heartbeat", "timeout_s"), value) for value in (0, float("inf"), 1e9)),
-        *((("tunnel", "tag"), value) for value in ("", "abc", "ABCDEF", "../../", "+1_0a0", "abcdefa", 5, None)),
+        *(
+            (("tunnel", "tag"), value)
+            for value in ("", "abc", "ABCDEF", "../../", "+1_0a0", "abcdefa", 5, None)
+        ),
         *((("tunnel", "vifs", 0, "handle"), value) for value in (float("inf"), None, "x")),
         *((("tunnel", "vifs", 0, "local"), value) for value in ("", "x", {}, "10.7.0.2; reboot")),
         *((("config", "c_info", "name"), value) for value in ("", "-x", "a b", "a\n", None, 5)),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+from primary_world import World
 
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, XenError

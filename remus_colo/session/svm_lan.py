@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Where the SVM's vifs belong once it is the guest: the LAN, as this host has it, and the way there."""
+
+from __future__ import annotations
+
+import logging
+
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.rawlink import RawLink
+from remus_colo.adapters.xenstore import Store
+from remus_colo.errors import DomainError, RemusError
+from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.proxy import announce
+from remus_colo.proxy.backup_path import BackupPath
+from remus_colo.session.creation import Creation
+from remus_colo.session.lan import ipv4_of, mac_bytes, probe_guest, uplinks
+
+log = logging.getLogger(__name__)
+
+
+class SvmLan:
+    """:param bridge: for vifs whose bridge, by the primary's configuration, this host has not."""
+
+    def __init__(self, creation: Creation, path: BackupPath, store: Store, bridge: str) -> None:
+        self._creation = creation
+        self._path = path
+        self._store = store
+        self._bridge = bridge
+        self._vifs: tuple[Vif, ...] = ()  # none before the SVM has them
+
+    def check(self) -> None:
+        """:raise DomainError: a vif would have no place in the LAN."""
+        for handle in self._creation.tunnels:
+            self.bridge_of(handle)
+
+    def bridge_of(self, handle: int) -> str:
+        """:raise DomainError: there is none."""
+        index = sorted(self._creation.tunnels).index(handle)
+        nics = self._creation.config.get("nics", [])
+        named = nics[index].get("bridge") if index < len(nics) else None
+        for bridge in (named, self._bridge):
+            if bridge and self._path.links.exists(bridge):
+                return str(bridge)
+        raise DomainError(f"there is no bridge {named or self._bridge!r} on this host: name one by --bridge")
+
+    def mac_of(self, vif: Vif) -> bytes:
+        """:raise DomainError: the vif has none."""
+        mac = self._store.read(f"{vif.backend}/mac")
+        if mac is None:
+            raise DomainError(f"{vif.ifname} has no MAC address in xenstore")
+        return mac_bytes(mac)
+
+    def vifs_are(self, vifs: tuple[Vif, ...]) -> None:
+        """The SVM's, as soon as it has them."""
+        self._vifs = vifs
+
+    def look(self, window_s: float) -> Verdict:
+        """In a thread: does the guest still answer on the LAN?
+
+        :param window_s: so long a silence means that it does not.
+        """
+        if not self._vifs:
+            return Verdict.UNKNOWN
+        verdicts = []
+        for vif in self._vifs:
+            path = self._path.vifs[vif.handle]
+            bridge = self.bridge_of(vif.handle)
+            verdicts.append(
+                probe_guest(
+                    bridge,
+                    mac_bytes(self._path.links.mac(bridge)),
+                    self.mac_of(vif),
+                    ipv4_of(path.guest_addresses),
+                    ipv4_of(path.client_addresses),
+                    LanProbe(window_s, window_s / 2),
+                )
+            )
+        for verdict in (Verdict.ALIVE, Verdict.UNKNOWN):
+            if verdict in verdicts:
+                return verdict
+        return Verdict.DEAD
+
+    def expect_outage(self) -> None:
+        """The primary is late: from now on what is said on either side is kept."""
+        for vif in self._vifs:
+            try:
+                self._path.vifs[vif.handle].expect_outage(uplinks(self.bridge_of(vif.handle)))
+            except RemusError as error:
+                log.info("what an outage loses at %s is left to TCP: %s", vif.ifname, error)
+
+    def no_outage(self) -> None:
+        """It was only late."""
+        self._path.each(lambda path: path.no_outage())
+
+    def open(self, vif: Vif) -> dict[str, int]:
+        """The SVM is the guest now. Returns how many segments were said again, by where they went.
+
+        :raise RemusError: the vif did not get to the LAN, or not all was told to it.
+        """
+        path = self._path.vifs[vif.handle]
+        path.rewriter.stop_learning()
+        bridge = self.bridge_of(vif.handle)
+        path.open_lan(bridge)
+        made_good = path.make_good(bridge)
+        self._store.write(f"{vif.backend}/bridge", bridge)
+        return made_good
+
+    def announce(self) -> None:
+        """Tell the LAN where the guest is now."""
+        for vif in self._vifs:
+            try:
+                with RawLink(self.bridge_of(vif.handle)) as raw:
+                    for frame in announce.announcements(
+                        self.mac_of(vif), self._path.vifs[vif.handle].guest_addresses.addresses
+                    ):
+                        raw.send(frame)
+            except RemusError as error:
+                log.error("could not announce the guest: %s", error)

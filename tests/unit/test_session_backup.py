@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A protection on the backup host: whatever happens the SVM is taken down with all that belongs to it, or serves."""
+
+from __future__ import annotations
+
+import pytest
+from backup_world import World
+
+from remus_colo.errors import DomainError, NetworkError, RemusError, XenError
+from remus_colo.failover.arbiter import Verdict
+from remus_colo.failover.backup import UnknownPolicy
+from remus_colo.relocation.schema import MessageType
+
+ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
+error_of_each_kind = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+
+
+def bug() -> None:
+    raise RuntimeError("a mistake")
+
+
+def test_from_the_beginning_to_the_end() -> None:
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.checkpoint()
+        primary.stop()
+    world.assert_gone()
+    assert world.destroyed == 1
+    assert world.ended is None
+    assert world.texts() == []
+
+
+@error_of_each_kind
+@pytest.mark.parametrize("step", ["path.start", "feed", "finish", "start", "open_queues", "attach"])
+def test_whatever_fails_at_the_start(step: str, error: Exception) -> None:
+    """The primary is refused, with the reason."""
+    world = World()
+    world.faults.planned[step] = error
+    with world.running() as primary:
+        primary.send_guest()
+        assert str(error) in primary.expect(MessageType.REFUSE).fields["reason"]
+        assert MessageType.BYE in primary.rest()
+    world.assert_gone()
+    assert len(world.texts()) == 1
+    assert world.ended is None
+
+
+def test_a_host_without_the_guests_bridge_refuses_at_once_and_not_when_it_is_needed() -> None:
+    world = World(bridges=())
+    with world.running() as primary:
+        assert (
+            "there is no bridge 'xenbr0' on this host" in primary.expect(MessageType.REFUSE).fields["reason"]
+        )
+    world.assert_gone()
+    assert "feed" not in world.faults.steps
+
+
+@error_of_each_kind
+@pytest.mark.parametrize("step", ["prepare", "apply", "await_forwarding", "reset", "resume"])
+def test_whatever_fails_at_a_checkpoint(step: str, error: Exception) -> None:
+    """The primary is told that protection is over."""
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        world.faults.planned[step] = error
+        primary.prepare()
+        primary.send_checkpoint()
+        assert {MessageType.ABORT, MessageType.BYE} <= set(primary.rest())
+    world.assert_gone()
+    assert world.ended is None
+
+
+@pytest.mark.parametrize("moment", ["creating", "syncing", "preparing", "receiving", "standby"])
+def test_a_bug_at_any_moment_leaves_nothing(moment: str) -> None:
+    world = World()
+    with world.running() as primary:
+        if moment != "creating":
+            primary.begin()
+        if moment in ("preparing", "receiving", "standby"):
+            primary.checkpoint()
+        if moment in ("preparing", "receiving"):
+            primary.prepare()
+        if moment == "receiving":
+            primary.send_checkpoint(whole=False)
+        world.session.loop.call(bug)
+        primary.rest()
+        assert MessageType.BYE in primary.received
+        assert {MessageType.ABORT, MessageType.REFUSE} & set(primary.received)
+    world.assert_gone()
+    assert world.texts() == ["a bug: RuntimeError('a mistake')"]
+
+
+@pytest.mark.parametrize("again", ["destroy", "second"])
+def test_a_bug_while_it_is_taken_down_does_not_keep_it_from_that(again: str) -> None:
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        if again == "destroy":
+            world.faults.planned["event:state"] = RuntimeError("another mistake")  # as standing down begins
+        else:
+            world.session.loop.call(bug)
+        world.session.loop.call(bug)
+    world.assert_gone()
+    assert isinstance(world.ended, RuntimeError)
+
+
+def test_a_part_of_the_end_that_fails_does_not_keep_the_others() -> None:
+    world = World()
+    world.faults.planned["path.close"] = RuntimeError("a mistake")
+    with world.running() as primary:
+        primary.begin()
+        primary.stop()
+    world.assert_gone()
+    assert isinstance(world.ended, RuntimeError)
+
+
+# -- failover --------------------------------------------------------------------------------------------------
+
+
+def test_a_takeover() -> None:
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+        world.await_event("active")
+        world.session.shut_down()
+    world.assert_serving()
+    assert world.states()[-3:] == ["arbitrating", "active", "stopped"]
+    assert world.faults.steps.count("rename") == 1
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_bug_does_not_end_a_guest_that_is_served_here(count: int) -> None:
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+        world.await_event("active")
+        for _ in range(count):
+            world.call(bug)
+        assert not world.path.closed  # the rewriter is the guest's connections' life
+        world.session.shut_down()
+    world.assert_serving()
+    assert len(world.texts()) == count
+    assert world.ended is None
+
+
+def test_a_flood_of_bugs_leaves_the_guest_alone() -> None:
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+        world.await_event("active")
+
+        def flood() -> None:
+            world.session.loop.call(flood)
+            bug()
+
+        world.session.loop.call(flood)
+    world.assert_serving()
+    assert isinstance(world.ended, RuntimeError)
+
+
+@error_of_each_kind
+@pytest.mark.parametrize("step", ["open_lan", "make_good"])
+def test_a_takeover_that_fails_half_way_does_not_destroy_the_only_copy(step: str, error: Exception) -> None:
+    world = World()
+    world.faults.planned[step] = error
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+        world.await_event("error")
+        world.session.shut_down()
+    assert world.svm_exists
+    assert world.destroyed == 0
+    assert world.engine.running
+    assert any(str(error) in text for text in world.texts())
+
+
+@pytest.mark.parametrize(
+    "verdict", [Verdict.ALIVE, Verdict.UNKNOWN, DomainError("no bridge"), RuntimeError("a mistake")], ids=str
+)
+def test_a_primary_that_is_not_known_to_be_dead(verdict: Verdict | Exception) -> None:
+    world = World(verdict=verdict)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+    world.assert_gone()
+    assert "open_lan" not in world.faults.steps
+
+
+def test_an_arbiter_that_fails_cannot_tell_and_the_policy_decides() -> None:
+    world = World(verdict=RuntimeError("a mistake"), unknown=UnknownPolicy.TAKE_OVER)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+        world.await_event("active")
+        world.session.shut_down()
+    world.assert_serving()
+
+
+@pytest.mark.parametrize(
+    ("unknown", "serves"), [(UnknownPolicy.STAND_DOWN, False), (UnknownPolicy.TAKE_OVER, True)]
+)
+def test_a_bug_in_the_midst_of_arbitration_is_no_verdict(unknown: UnknownPolicy, serves: bool) -> None:
+    world = World(unknown=unknown)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        world.faults.at["probe"] = lambda: world.call(bug)
+        primary.leave()
+        if serves:
+            world.await_event("active")
+            world.session.shut_down()
+    if serves:
+        world.assert_serving()
+    else:
+        world.assert_gone()
+
+
+@pytest.mark.parametrize("moment", ["creating", "syncing", "first preparing", "first receiving"])
+def test_a_primary_that_is_lost_before_the_first_checkpoint_is_whole(moment: str) -> None:
+    """The copy is no replica yet: it never serves, whatever the LAN looks like."""
+    world = World(verdict=Verdict.DEAD)
+    with world.running() as primary:
+        if moment != "creating":
+            primary.begin()
+        if moment.startswith("first"):
+            primary.prepare()
+        if moment == "first receiving":
+            primary.send_checkpoint(whole=False)
+        primary.leave()
+    world.assert_gone()
+    assert "probe" not in world.faults.steps
+
+
+@pytest.mark.parametrize(("moment", "loaded"), [("preparing", 1), ("receiving", 1), ("applying", 2)])
+def test_a_primary_that_is_lost_in_a_later_checkpoint(moment: str, loaded: int) -> None:
+    """The SVM goes on as it was, or from the checkpoint if that is whole."""
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        if moment == "applying":
+            world.faults.at["apply"] = primary.leave
+        primary.prepare()
+        if moment != "preparing":
+            primary.send_checkpoint(whole=moment == "applying")
+        if moment != "applying":
+            primary.leave()
+        world.await_event("active")
+        world.session.shut_down()
+    world.assert_serving()
+    assert world.faults.steps.count("apply") == loaded
+    assert ("go_on" in world.faults.steps) is (moment != "applying")
+
+
+def test_an_abort_lets_the_svm_go_on_as_it_was() -> None:
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.prepare()
+        primary.control.send_control(MessageType.ABORT, 2, {"reason": "the capture failed"})
+        primary.checkpoint()
+        primary.stop()
+    world.assert_gone()
+    assert world.faults.steps.count("go_on") == 1
+    assert world.texts() == []
+
+
+def test_what_is_no_checkpoint_counts_as_a_lost_primary() -> None:
+    world = World(verdict=Verdict.ALIVE)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.data.send_bulk(MessageType.CHECKPOINT_STREAM, 2, [b"x"])
+        assert MessageType.TAKEOVER not in primary.rest()
+    world.assert_gone()
+    assert any(name == "primary-lost" and "Remus" in fields["reason"] for name, fields in world.events)
+    assert not isinstance(world.ended, RemusError)
