@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from remus_colo.errors import FramingError, MessageError, PeerError, PeerLost
 from remus_colo.relocation import handshake, tls
+from remus_colo.relocation.listen import plain
 from remus_colo.relocation.schema import SCHEMAS, MessageType
 from remus_colo.relocation.wire import (
     HEADER_BYTES,
@@ -354,9 +355,9 @@ class Channel:
 
     @property
     def addresses(self) -> tuple[str, str]:
-        """Our and the peer's address of the connection, without the port."""
+        """Our and the peer's address of the connection, without the port; IPv4 as IPv4."""
         try:
-            return self._sock.getsockname()[0], self._sock.getpeername()[0]
+            return plain(self._sock.getsockname()[0]), plain(self._sock.getpeername()[0])
         except OSError as error:
             raise PeerLost(f"the connection to {self.peer} is lost: {error.strerror or error}") from error
 

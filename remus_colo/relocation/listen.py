@@ -70,6 +70,12 @@ def _interface_address(interface: str) -> str:
     return socket.inet_ntoa(answer[_ADDRESS])
 
 
+def plain(address: str) -> str:
+    """An address of a socket, with IPv4 as such: one that listens at ``::`` has it in the form of IPv6 (RFC 4291, 2.5.5.2)."""
+    prefix, _, rest = address.rpartition(":")
+    return rest if prefix.lower() == "::ffff" and "." in rest else address
+
+
 def listen(address: str, port: int, tls: ssl.SSLContext | None = None) -> Listener:
     """:raise HostError: the port is taken, or the address is not this host's; ConfigError: it is no address."""
     numeric = resolve(address)

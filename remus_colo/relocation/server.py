@@ -22,7 +22,7 @@ from remus_colo.errors import PeerLost, RemusError
 from remus_colo.relocation import tls
 from remus_colo.relocation.admission import Admission, Throttle
 from remus_colo.relocation.channel import Channel
-from remus_colo.relocation.listen import Listener
+from remus_colo.relocation.listen import Listener, plain
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class Server:
             if error.errno in _EXHAUSTED:
                 _readable(self._wake_out, EXHAUSTED_PAUSE_S)
             return
-        host = str(address[0])
+        host = plain(str(address[0]))
         reason = self.admission.enter(host)
         if reason is not None:
             sock.close()

@@ -580,8 +580,19 @@ def test_both_families_at_once() -> None:
     with listener.sock, socket.create_connection(("127.0.0.1", listener.port), PATIENCE_S):
         listener.sock.setblocking(True)
         sock, address = listener.sock.accept()
-        sock.close()
         assert DaemonOptions(hosts_allow=compile_hosts(r"^127\.0\.0\.1$")).allows(address[0])
+        # what tunnels between the hosts are made with
+        with Channel(sock) as channel:
+            assert channel.addresses == ("127.0.0.1", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("shown", "meant"),
+    [("::ffff:10.0.0.1", "10.0.0.1"), ("::FFFF:10.0.0.1", "10.0.0.1"), ("10.0.0.1", "10.0.0.1"), ("::1", "::1"),
+     ("fe80::1%eth0", "fe80::1%eth0"), ("::ffff:1", "::ffff:1")],
+)  # fmt: skip
+def test_addresses_of_sockets(shown: str, meant: str) -> None:
+    assert listen.plain(shown) == meant
 
 
 @pytest.mark.parametrize(
