@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from remus_colo import cli
+from remus_colo import cli, config
 from remus_colo import options as defaults
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenstore import Store
@@ -96,8 +96,10 @@ class Link:
     def __init__(self, host: str, port: int = defaults.DEFAULT_PORT) -> None:
         self.host = host
         self.generation = secrets.randbits(31) | 1
-        # As on a command line without options: the configuration file decides. Which domain, CREATE tells.
-        options = cli.parse(["--port", str(port), "any", host])
+        # As on a command line without options: the configuration file decides, also which of its two ports is meant by the one
+        # that scripts knew, that of xend-relocation-port. Which domain, CREATE tells.
+        known = port == config.load()["xend-relocation-port"]
+        options = cli.parse([*(() if known else ("--port", str(port))), "any", host])
         assert isinstance(options, RemusOptions)
         self.options = options
         self._stack = contextlib.ExitStack()

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import remus_colo.classic.finder
-from remus_colo import dominfo
+from remus_colo import config, dominfo
 from remus_colo.checkpoint import libxcrecords as libxc
+from remus_colo.classic import protection
 from remus_colo.classic.protection import Calls, Plain, goes_on
 from remus_colo.errors import DomainError, NetworkError, PeerLost
 
@@ -198,6 +199,29 @@ def test_a_migration_socket_says_who_does_not_answer() -> None:
         port = unused.getsockname()[1]
     with pytest.raises(OSError, match=r"cannot connect to 127\.0\.0\.1 port"):
         save.MigrationSocket(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(
+    ("text", "port", "used", "with_tls"),
+    [("", 8002, 8002, False), ("(xend-relocation-port 9000)", 8002, 8002, False), ("(xend-relocation-ssl yes)", 8002, 8003, True),
+     ("(xend-relocation-ssl yes)(xend-relocation-port 9000)(xend-relocation-ssl-port 9001)", 9000, 9001, True),
+     ("(xend-relocation-ssl yes)", 9005, 9005, True)],
+)  # fmt: skip
+def test_a_migration_socket_goes_where_the_configuration_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, port: int, used: int, with_tls: bool
+) -> None:
+    (tmp_path / "config").write_text(text)
+    monkeypatch.setenv(config.ENVIRONMENT, str(tmp_path / "config"))
+    seen = []
+
+    def refuse(options: Any, *_: object) -> None:
+        seen.append(options)
+        raise PeerLost("that is all")
+
+    monkeypatch.setattr(protection, "connect", refuse)
+    with pytest.raises(OSError, match="that is all"):
+        save.MigrationSocket(("backup", port))
+    assert [(options.destination, options.port, options.tls is not None) for options in seen] == [("backup", used, with_tls)]
 
 
 def test_a_reader_that_is_gone() -> None:
