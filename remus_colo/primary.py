@@ -10,7 +10,6 @@ import ipaddress
 import logging
 import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.clock import ClockSample, best_sample
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import VERSION, Message
+from remus_colo.session import signals
 from remus_colo.session.colo_primary import ColoConfig, ColoSession
 from remus_colo.session.console import Console
 from remus_colo.session.loop import Loop
@@ -126,16 +126,14 @@ def _protect(
     session = ColoSession(loop, config, engine, store, make_peer, console.event)
     console.watch(loop, session)
 
-    def on_signal(number: int, _frame: object) -> None:
-        console.event("signal", name=signal.Signals(number).name)
+    def stop(name: str) -> None:
+        console.event("signal", name=name)
         session.request_stop()
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        status = session.run()
+        with signals.ending(stop):
+            status = session.run()
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         loop.close()
     console.event("ended", status=int(status), meaning=status.name.lower())
     if session.failure is not None and status is not ExitStatus.FENCED:

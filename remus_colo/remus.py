@@ -7,8 +7,7 @@ import contextlib
 import ipaddress
 import logging
 import secrets
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from remus_colo.adapters import kmod, toolstack
@@ -25,6 +24,7 @@ from remus_colo.errors import ExitStatus
 from remus_colo.primary import connect, only_one
 from remus_colo.relocation.channel import Channel
 from remus_colo.remus_options import RemusOptions
+from remus_colo.session import signals
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_console import RemusConsole
@@ -109,7 +109,7 @@ def _protect(
     console.watch(loop, session)
     points.listen(loop)
     try:
-        with _signals(console, session.request_stop):
+        with signals.ending(_stopper(console, session.request_stop)):
             status = session.run()
     finally:
         loop.close()
@@ -151,7 +151,7 @@ def _run_blackhole(
     try:
         points.listen(loop)
         console.watch_worker(loop, worker)
-        with _signals(console, worker.end):
+        with signals.ending(_stopper(console, worker.end)):
             loop.thread("checkpoints", worker.run, ended)
             loop.run()
     finally:
@@ -163,17 +163,9 @@ def _run_blackhole(
     return int(ExitStatus.OK)
 
 
-@contextlib.contextmanager
-def _signals(console: RemusConsole, stop: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end protection."""
-
-    def on_signal(number: int, _frame: object) -> None:
-        console.event("signal", name=signal.Signals(number).name)
+def _stopper(console: RemusConsole, stop: Callable[[], None]) -> Callable[[str], None]:
+    def tell_and_stop(name: str) -> None:
+        console.event("signal", name=name)
         stop()
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return tell_and_stop

@@ -15,6 +15,7 @@ from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
 
+LINE_BYTES = 4096
 POINTS = {
     "s": "before the devices are told that the guest has suspended",
     "s2": "after it",
@@ -52,13 +53,14 @@ class TestPoints:
 
     def _read(self, loop: Loop, fd: int) -> None:
         try:
-            data = os.read(fd, 4096)
+            data = os.read(fd, LINE_BYTES)
         except OSError:
-            data = b""
+            data = b""  # of a terminal, in the background: see session/signals.py
         if not data:
             loop.remove_reader(fd)
             return
         *lines, self._partial = (self._partial + data).split(b"\n")
+        self._partial = self._partial[-LINE_BYTES:]  # no command is that long
         for line in lines:
             command = line.decode("utf-8", "replace").strip()
             if command in POINTS:

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Signals that end a protection in order, and those that must not end or stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+# Ctrl-C, `kill`, and a terminal or ssh connection that is closed: a process that simply died then would look to the backup as a
+# host that did.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def ending(stop: Callable[[str], None]) -> Iterator[None]:
+    """Call ``stop`` with the name of the signal that is to end the protection.  In the main thread only.
+
+    SIGHUP stays ignored if it was, as under nohup.  A process in the background that looks at its terminal is stopped by
+    SIGTTIN, and the guest's output would wait with it: so that is ignored, and the look fails.
+    """
+
+    def on_signal(number: int, _frame: object) -> None:
+        stop(signal.Signals(number).name)
+
+    previous = {signal.SIGTTIN: signal.signal(signal.SIGTTIN, signal.SIG_IGN)}
+    for number in ENDING:
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, on_signal)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
