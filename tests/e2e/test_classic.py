@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import shlex
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from remus_colo.testbed import scenario_trial
-from remus_colo.testbed.scenario import GUEST, Protection
+from remus_colo.testbed.network import HOSTS
+from remus_colo.testbed.remote_process import RemoteProcess
+from remus_colo.testbed.scenario import GUEST, HEARTBEAT_TIMEOUT_MS, Protection
 from remus_colo.testbed.scenario_trial import Plan
 
 SCRIPT = Path(__file__).parent / "classic_script.py"
+CONTROL_SCRIPT = Path(__file__).parent / "classic_control.py"
 SAVE_SCRIPT = Path(__file__).parent / "classic_save.py"
 AFTERWARDS_S = 15.0
 # A PV guest is copied whole at each checkpoint, which takes emulated hosts seconds.
@@ -40,6 +47,41 @@ def test_a_script_of_the_classic_interface(protection: Protection) -> None:
     assert protection.state("primary") == before
 
 
+CONTROL = "/root/classic_control.py"
+CONTROL_LOG = "/var/log/classic-control.log"
+CONTROL_CONFIG = "/root/classic-control.sxp"
+
+
+@contextlib.contextmanager
+def control_script(protection: Protection, rounds: int) -> Iterator[RemoteProcess]:
+    """The guest is protected by a script, which has had so many checkpoints committed."""
+    bed = protection.bed
+    bed.push("primary", CONTROL_SCRIPT, CONTROL)
+    bed.exec("primary", f"echo '(remus-colo (heartbeat-timeout {HEARTBEAT_TIMEOUT_MS}))' > {CONTROL_CONFIG}; : > {CONTROL_LOG}")
+    command = f"env XEND_CONFIG={CONTROL_CONFIG} python3 {CONTROL} {GUEST} 10.78.0.2 200"
+    with bed.popen("primary", f"{command} > {CONTROL_LOG} 2>&1") as script:
+        wanted = f"until grep -qx 'committed {rounds}' {CONTROL_LOG}; do kill -0 {script.pid} && sleep 0.2 || exit 1; done"
+        bed.exec("primary", f"timeout {SCRIPT_TIMEOUT_S:.0f} sh -c {shlex.quote(wanted)} || {{ cat {CONTROL_LOG}; false; }}",
+                 SCRIPT_TIMEOUT_S + 30)  # fmt: skip
+        yield script
+
+
+def test_a_control_script_protects_to_a_backup(protection: Protection) -> None:
+    protection.ensure_guest()
+    before = {host: protection.state(host) for host in HOSTS}
+    protection.start_daemon()
+    with control_script(protection, 5) as script:
+        assert scenario_trial.client_faults(protection.load(10, **LOAD)) == []
+        script.signal(signal.SIGTERM)
+        status = script.wait(SCRIPT_TIMEOUT_S)
+        said = protection.bed.exec("primary", f"tail -n 5 {CONTROL_LOG}").stdout
+    assert (status, said.splitlines()[-1:]) == (0, ["signalled"]), said
+    protection.http_get("/1k")
+    protection.close()
+    for host, state in before.items():
+        assert protection.state(host) == state, host
+
+
 def test_saving_and_restoring_as_xend_did(protection: Protection) -> None:
     protection.ensure_guest()
     protection.bed.push("primary", SAVE_SCRIPT, "/root/classic_save.py")
@@ -60,6 +102,18 @@ def test_ending_it_leaves_the_guest_as_it_was(protection: Protection) -> None:
     protection.close()
     for host, state in before.items():
         assert protection.state(host) == state, host
+
+
+def test_failover_of_a_guest_that_a_script_protects(protection: Protection) -> None:
+    protection.ensure_guest()
+    daemon = protection.start_daemon()
+    with control_script(protection, 5):
+        load = protection.start_load(20, **LOAD)
+        load.let_run(5)
+        protection.kill("primary")
+        assert scenario_trial.client_faults(load.result()) == []
+    daemon.wait_event("active", SCRIPT_TIMEOUT_S, domain=GUEST)
+    protection.http_get("/1k")
 
 
 @pytest.mark.parametrize("kind", ["primary", "backup"])
