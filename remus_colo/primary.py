@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import ipaddress
 import logging
-import os
 import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remus_colo import report
 from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest
 from remus_colo.checkpoint.mode import Choice, choose
 from remus_colo.checkpoint.pvm import PvmEngine
-from remus_colo.errors import DomainError, ExitStatus, PeerError
+from remus_colo.errors import ExitStatus, PeerError, RemusError
 from remus_colo.proxy.comparator import CompareConfig
 from remus_colo.proxy.primary_path import Tunnel
 from remus_colo.relocation import tls
@@ -29,9 +27,11 @@ from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.clock import ClockSample, best_sample
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import VERSION, Message
-from remus_colo.session import signals
+from remus_colo.session import recovery, signals
 from remus_colo.session.colo_primary import ColoConfig, ColoSession
 from remus_colo.session.console import Console
+from remus_colo.session.guard import Guard, Remains
+from remus_colo.session.lock import Record, only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 
@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RUN_DIR = Path("/run/remus_colo")
 CONNECT_TIMEOUT_S = 10.0
+# Of the heartbeat time-out, since the backup was last sure to hear us: until then it has not taken over, nor will it before the
+# guard has done its work.
+SURE_TIMEOUTS = 0.8
 CLOCK_PROBES = 16
 TUNNEL_PORT = 4789  # VXLAN's (RFC 7348); tunnels of several guests differ by their VNI
 MODULES = (
@@ -62,15 +64,19 @@ def run(options: ColoOptions) -> int:
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_one(domid, name))
+        record = stack.enter_context(only_one(domid, name))
+        guard = stack.enter_context(guarded(domid, name, record, options))
         store = stack.enter_context(Store())
         engine = open_engine(stack, domid, name, store)
         generation = secrets.randbits(31) | 1
         console = stack.enter_context(Console(options, name))
         control = stack.enter_context(connect(options, generation, "control"))
         data = stack.enter_context(connect(options, generation, "data"))
+        guard.hold(control.fileno(), data.fileno())
         config = agree(options, name, engine, control, generation, console.event)
-        return _protect(config, engine, store, control, data, console)
+        guard.note_tag(config.tag)
+        record.note_tag(config.tag)
+        return _protect(config, engine, store, control, data, console, guard)
 
 
 def open_engine(stack: contextlib.ExitStack, domid: int, name: str, store: Store) -> PvmEngine:
@@ -116,22 +122,23 @@ def agree(
 
 
 def _protect(
-    config: ColoConfig, engine: PvmEngine, store: Store, control: Channel, data: Channel, console: Console
+    config: ColoConfig,
+    engine: PvmEngine,
+    store: Store,
+    control: Channel,
+    data: Channel,
+    console: Console,
+    guard: Guard,
 ) -> int:
     loop = Loop()
 
     def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
-        return Peer(loop, control, data, heartbeat, **callbacks)
+        return Peer(loop, control, data, heartbeat, sure=guard.sure, **callbacks)
 
-    session = ColoSession(loop, config, engine, store, make_peer, console.event)
+    session = ColoSession(loop, config, engine, store, make_peer, console.event, rebirth=guard.rebirth)
     console.watch(loop, session)
-
-    def stop(name: str) -> None:
-        console.event("signal", name=name)
-        session.request_stop()
-
     try:
-        with signals.ending(stop):
+        with signals.ending(signals.telling(loop, console.event, session.request_stop)):
             status = session.run()
     finally:
         loop.close()
@@ -142,24 +149,36 @@ def _protect(
 
 
 @contextlib.contextmanager
-def only_one(domid: int, name: str) -> Iterator[None]:
-    """Hold the lock that says this domain is being protected from this host.
+def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusOptions) -> Iterator[Guard]:
+    """Have a guard, from before anything is done to the guest until all is in order again.  Not after a bug: then it looks, too."""
+    timeout_s = options.heartbeat_timeout_s
 
-    The file stays: unlinking it would let two processes lock two files of one name.
-    """
-    RUN_DIR.mkdir(mode=0o755, exist_ok=True)
-    path = RUN_DIR / f"protect-{domid}.lock"
-    with open(path, "a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "?"
-            raise DomainError(f"{name} is protected already, by process {holder}: end that one first") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        yield
+    def recover(remains: Remains) -> None:
+        """In the guard."""
+        events = report.EventLog(options.log)
+        doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS
+        stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
+        events.event("recovered", pid=remains.pid, guest=stood, resumed=bool(stood) and not doubt)
+        if stood and doubt:
+            log.error(
+                "remus (process %d) was killed after the backup had lost it: %s stays %s, as it may run there. If it does not: "
+                "python3 -m remus_colo.recover %s", remains.pid, name, stood, name,
+            )  # fmt: skip
+            return
+        log.error("remus (process %d) was killed: %s goes on UNPROTECTED", remains.pid, name)
+        record.clear()
+
+    guard = Guard(name, recover)
+    try:
+        yield guard
+    except (RemusError, KeyboardInterrupt):
+        guard.end()
+        raise
+    except BaseException:
+        guard.give_up()
+        raise
+    else:
+        guard.end()
 
 
 def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: str) -> Channel:

@@ -7,7 +7,6 @@ import contextlib
 import ipaddress
 import logging
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 from remus_colo.adapters import kmod, toolstack
@@ -21,10 +20,12 @@ from remus_colo.devices.device import CheckpointedDevice, DeviceSet
 from remus_colo.devices.disk import replicated_disks
 from remus_colo.devices.netbuffer import BufferedVif
 from remus_colo.errors import ExitStatus
-from remus_colo.primary import connect, only_one
+from remus_colo.primary import connect, guarded
 from remus_colo.relocation.channel import Channel
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import signals
+from remus_colo.session.guard import Guard
+from remus_colo.session.lock import only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_console import RemusConsole
@@ -43,7 +44,8 @@ def run(options: RemusOptions) -> int:
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(only_one(domid, name))
+        record = stack.enter_context(only_one(domid, name))
+        guard = stack.enter_context(guarded(domid, name, record, options))
         store = stack.enter_context(Store())
         with Guest(domid, writable=False) as guest:
             refuse_stopped(name, guest.info())
@@ -56,26 +58,29 @@ def run(options: RemusOptions) -> int:
         try:
             if not engine.dirty_log:
                 console.event("no-dirty-log")
-            devices = DeviceSet([*disks, *_buffers(engine.layout.vifs, options)])
+            tag = f"{secrets.randbits(24):06x}"
+            guard.note_tag(tag)
+            record.note_tag(tag)
+            devices = DeviceSet([*disks, *_buffers(engine.layout.vifs, options, tag)])
             if options.blackhole:
                 return _run_blackhole(options, engine, devices, console)
             generation = secrets.randbits(31) | 1
             control = stack.enter_context(connect(options, generation, "control"))
             data = stack.enter_context(connect(options, generation, "data"))
+            guard.hold(control.fileno(), data.fileno())
             devices.setup()
             stack.callback(devices.teardown)  # the session does so; this is for what fails before
-            return _protect(options, name, engine, store, devices, control, data, console)
+            return _protect(options, name, engine, store, devices, control, data, console, guard)
         finally:
             engine.close()
 
 
-def _buffers(vifs: tuple[Vif, ...], options: RemusOptions) -> list[CheckpointedDevice]:
+def _buffers(vifs: tuple[Vif, ...], options: RemusOptions, tag: str) -> list[CheckpointedDevice]:
     """What holds the guest's output; nothing with ``--no-net``."""
     if not options.buffer_network or not vifs:
         return []
     netbuffer.load_modules()
-    tag = secrets.randbits(24)
-    return [BufferedVif(vif.ifname, f"rci{tag:06x}.{vif.handle}") for vif in vifs]
+    return [BufferedVif(vif.ifname, netbuffer.buffer_ifname(tag, vif.handle)) for vif in vifs]
 
 
 def _protect(
@@ -87,12 +92,13 @@ def _protect(
     control: Channel,
     data: Channel,
     console: RemusConsole,
+    guard: Guard,
 ) -> int:
     loop = Loop()
     points = TestPoints(engine.guest.domid, devices)
 
     def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
-        return Peer(loop, control, data, heartbeat, **callbacks)
+        return Peer(loop, control, data, heartbeat, sure=guard.sure, **callbacks)
 
     local, remote = control.addresses
     config = RemusConfig(
@@ -109,7 +115,7 @@ def _protect(
     console.watch(loop, session)
     points.listen(loop)
     try:
-        with signals.ending(_stopper(console, session.request_stop)):
+        with signals.ending(signals.telling(loop, console.event, session.request_stop)):
             status = session.run()
     finally:
         loop.close()
@@ -151,7 +157,7 @@ def _run_blackhole(
     try:
         points.listen(loop)
         console.watch_worker(loop, worker)
-        with signals.ending(_stopper(console, worker.end)):
+        with signals.ending(signals.telling(loop, console.event, worker.end)):
             loop.thread("checkpoints", worker.run, ended)
             loop.run()
     finally:
@@ -161,11 +167,3 @@ def _run_blackhole(
         raise failure[0]
     console.event("ended", status=0, meaning=ExitStatus.OK.name.lower())
     return int(ExitStatus.OK)
-
-
-def _stopper(console: RemusConsole, stop: Callable[[], None]) -> Callable[[str], None]:
-    def tell_and_stop(name: str) -> None:
-        console.event("signal", name=name)
-        stop()
-
-    return tell_and_stop

@@ -210,6 +210,11 @@ class Links:
         with reporting(f"put {ifname} into {bridge}" if bridge else f"take {ifname} out of its bridge"):
             self._ipr.link("set", index=index, master=master)
 
+    def names(self) -> list[str]:
+        """Of all links that there are."""
+        with reporting("list the links"):
+            return [str(link.get_attr("IFLA_IFNAME")) for link in self._ipr.get_links()]
+
     def exists(self, ifname: str) -> bool:
         return self._find(ifname) is not None
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from remus_colo.adapters import backend
 from remus_colo.adapters.backend import Vif
-from remus_colo.adapters.xenctrl import HVM_PARAM_CONSOLE_PFN, HVM_PARAM_STORE_PFN, DomainInfo, Guest
+from remus_colo.adapters.xenctrl import (
+    HVM_PARAM_CONSOLE_PFN,
+    HVM_PARAM_STORE_PFN,
+    DomainInfo,
+    Guest,
+    ShutdownReason,
+)
 from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import DomainError
 
@@ -100,6 +106,11 @@ def refuse_guest(name: str, info: DomainInfo, guest: Guest, store: Store) -> Non
 
 def refuse_stopped(name: str, info: DomainInfo) -> None:
     """:raise DomainError: the domain does not run."""
+    if info.shutdown and info.shutdown_reason == ShutdownReason.SUSPEND and not info.dying:
+        raise DomainError(
+            f"{name} is suspended: if a remus and its guard were killed in a checkpoint, and it does not run on the backup host, "
+            f"resume it (python3 -m remus_colo.recover {name})"
+        )
     if info.dying or info.shutdown:
         raise DomainError(f"{name} is not running (it is shutting down or crashed): start it first")
     if info.paused:

@@ -18,6 +18,7 @@ from remus_colo.errors import DomainError, ExitStatus, PeerLost
 from remus_colo.options import ColoOptions
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
 from remus_colo.session.colo_primary import ColoSession
+from remus_colo.session.lock import only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 
@@ -70,7 +71,7 @@ def run(
     options = cli.parse(["--colo", "--period", str(round(period_s * 1000)), str(domid), link.host])
     assert isinstance(options, ColoOptions)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(primary.only_one(domid, name))
+        stack.enter_context(only_one(domid, name))
         store = stack.enter_context(Store())
         engine = primary.open_engine(stack, domid, name, store)
         config = primary.agree(options, name, engine, link.control, link.generation, lambda *_, **__: None)

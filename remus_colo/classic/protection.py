@@ -24,9 +24,10 @@ from remus_colo.checkpoint.guestinfo import refuse_for_remus
 from remus_colo.checkpoint.periodic import PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
-from remus_colo.primary import connect, only_one
+from remus_colo.primary import connect
 from remus_colo.relocation.channel import Channel
 from remus_colo.remus_options import RemusOptions
+from remus_colo.session.lock import only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_primary import RemusConfig, RemusEngine, RemusSession, SendingWorker

@@ -40,6 +40,15 @@ def load_modules() -> None:
         kmod.load(module, purpose)
 
 
+def buffer_ifname(tag: str, handle: int | str = "") -> str:
+    """Of the ifb device of a vif.
+
+    :param tag: 6 hexadecimal digits.
+    :param handle: of the vif; without one, how the names of all begin.
+    """
+    return f"rci{tag}.{handle}"
+
+
 class BufferedVif(CheckpointedDevice):
     """One vif's output.
 

@@ -48,8 +48,14 @@ class Tunnel:
     remote: str | None
 
 
-def primary_ifname(tag: str, handle: int) -> str:
+def primary_ifname(tag: str, handle: int | str = "") -> str:
+    """:param handle: of the vif; without one, how the names of all begin."""
     return f"rcp{tag}.{handle}"
+
+
+def rules_owner(domid: int) -> str:
+    """Of the packet rules of a protected guest."""
+    return f"pvm_{domid}"
 
 
 def backup_ifname(tag: str, handle: int) -> str:
@@ -174,7 +180,7 @@ class PrimaryPath:
     ) -> None:
         self.links = Links()
         domid = vifs[0].domid if vifs else 0
-        self.rules = QueueRules(f"pvm_{domid}")
+        self.rules = QueueRules(rules_owner(domid))
         self.tag = tag
         self.vifs = [
             VifPath(loop, self.links, vif, primary_ifname(tag, vif.handle), config, on_request) for vif in vifs

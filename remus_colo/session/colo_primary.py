@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +60,10 @@ class ColoConfig:
 
 
 class ColoSession(PrimarySession):
-    """One protection by COLO."""
+    """One protection by COLO.
+
+    :param rebirth: entered around the guest's resume as if in a new domain.
+    """
 
     config: ColoConfig
     engine: PvmEngine
@@ -73,8 +78,10 @@ class ColoSession(PrimarySession):
         make_peer: Callable[..., Peer],
         event: EventSink,
         devices: DeviceSet | None = None,
+        rebirth: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> None:
         super().__init__(loop, config, engine, store, make_peer, event, devices)
+        self._rebirth = rebirth
         self._checkpoints = Checkpoints(
             self, engine, self.path, period_s=config.period_s, verify_every=config.verify_every
         )
@@ -161,7 +168,8 @@ class ColoSession(PrimarySession):
             raise
         assert suspended
         if engine.mode is Mode.TRANSPARENT:
-            engine.resume_as_new()
+            with self._rebirth():
+                engine.resume_as_new()
         else:
             engine.resume_cancelled()
         pause_s = time.monotonic() - stopped_s

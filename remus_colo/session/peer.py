@@ -63,6 +63,7 @@ class Peer:
         the sender down.
     :param clock: what this side says and measures clocks by: the primary's is the guest's, the backup's its host's;
         None where clocks are no concern.
+    :param sure: called with each heartbeat for as long as the other host cannot hold us for dead.
     :param ask_clock: send a probe with each heartbeat; see :attr:`clocks` for what they tell.
     """
 
@@ -80,6 +81,7 @@ class Peer:
         on_stream: Callable[[bytes], None] | None = None,
         clock: Clock | None = None,
         ask_clock: bool = False,
+        sure: Callable[[], None] = lambda: None,
     ) -> None:
         self.loop = loop
         self.control = control
@@ -97,6 +99,7 @@ class Peer:
         self._lost = False
         self._lock = threading.Lock()
         self._ask_clock = ask_clock
+        self._sure = sure
         self.clocks = (
             None
             if clock is None
@@ -206,7 +209,11 @@ class Peer:
         if self._ask_clock and self.clocks is not None:
             self.clocks.ask()
         with self._lock:
-            self.self_monitor.sent(sequence, time.monotonic())
+            now_s = time.monotonic()
+            self.self_monitor.sent(sequence, now_s)
+            doubt = self.self_monitor.in_doubt(now_s)
+        if not doubt:
+            self._sure()
 
     def silence_s(self) -> float:
         with self._lock:

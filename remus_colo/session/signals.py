@@ -7,6 +7,8 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 
+from remus_colo.session.loop import Loop
+
 # Ctrl-C, `kill`, and a terminal or ssh connection that is closed: a process that simply died then would look to the backup as a
 # host that did.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,3 +34,16 @@ def ending(stop: Callable[[str], None]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def telling(loop: Loop, event: Callable[..., None], stop: Callable[[], None]) -> Callable[[str], None]:
+    """For :func:`ending`: tell of the signal and call ``stop``, in the loop: not in the midst of a line that is being written."""
+
+    def on_signal(name: str) -> None:
+        def tell_and_stop() -> None:
+            event("signal", name=name)
+            stop()
+
+        loop.call(tell_and_stop)
+
+    return on_signal
