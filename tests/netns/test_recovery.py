@@ -11,7 +11,7 @@ from conftest import CLIENT_IP, GUEST_IP, VIF, Network, pending, receive, snapsh
 from remus_colo.adapters import ifb
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links, Plug
-from remus_colo.adapters.nft import TABLE_PREFIX, QueueRules
+from remus_colo.adapters.nft import QueueRules
 from remus_colo.devices.netbuffer import buffer_ifname
 from remus_colo.errors import HostError
 from remus_colo.proxy.primary_path import primary_ifname, rules_owner
@@ -22,7 +22,7 @@ TAG = "abcdef"
 OTHER = "abcde0"
 GUEST = Vif(*(int(number) for number in VIF.removeprefix("vif").split(".")))
 LIMIT_BYTES = 1 << 20
-MARK = TABLE_PREFIX + rules_owner(GUEST.domid)
+MARK = "queue num 20000"  # iptables' comments are not shown
 
 
 def clean(links: Links) -> None:
