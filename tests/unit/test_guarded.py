@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the guard of a ``remus`` that was killed decides, and what it says.  With real processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TREE = Path(__file__).parents[2]
+PATIENCE_S = 60
+
+PROGRAM = """
+    import os, pathlib, signal, sys, time
+    from unittest import mock
+    from remus_colo import errors, primary
+    from remus_colo.session import lock, recovery
+
+    folder = pathlib.Path(sys.argv[1])
+    lock.RUN_DIR = folder
+    def recover(domid, tags, **how):
+        (folder / "recover").write_text(repr((domid, tags, how)))
+        return STOOD
+    recovery.recover = recover
+    options = mock.Mock(heartbeat_timeout_s=TIMEOUT_S, log=folder / "log")
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+    with primary.only_one(7, "web") as record, primary.guarded(7, "web", record, options) as guard:
+        record.note_tag("abcdef")
+        guard.note_tag("abcdef")
+"""
+
+
+def run(folder: Path, body: str, *, stood: str = "suspended", timeout_s: float = 60.0) -> tuple[int, str]:
+    """Exit status, and what was said."""
+    program = textwrap.dedent(PROGRAM).replace("STOOD", repr(stood)).replace(
+        "TIMEOUT_S", str(timeout_s)
+    ) + textwrap.indent(textwrap.dedent(body), " " * 4)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folder)],
+        cwd=TREE,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+
+
+def record(folder: Path) -> str:
+    return (folder / "protect-7.lock").read_text()
+
+
+@pytest.mark.parametrize("sure", ["", "guard.sure()"])
+def test_a_guest_that_the_backup_cannot_have(tmp_path: Path, sure: str) -> None:
+    """There was none yet, or it has just heard from us."""
+    status, said = run(tmp_path, f"{sure}\ndie()")
+    assert status == -signal.SIGKILL
+    assert "web goes on UNPROTECTED" in said
+    assert "'resume': True" in (tmp_path / "recover").read_text()
+    assert "('abcdef',)" in (tmp_path / "recover").read_text()
+    (event,) = events(tmp_path)
+    assert (event["event"], event["guest"], event["resumed"]) == ("recovered", "suspended", True)
+    assert record(tmp_path) == ""
+
+
+def test_a_guest_that_the_backup_may_have(tmp_path: Path) -> None:
+    """The next remus is told that there was something: the record stays."""
+    status, said = run(tmp_path, "guard.sure()\ntime.sleep(0.2)\ndie()", timeout_s=0.1)
+    assert status == -signal.SIGKILL
+    assert "web stays suspended, as it may run there" in said
+    assert "python3 -m remus_colo.recover web" in said
+    assert "'resume': False" in (tmp_path / "recover").read_text()
+    assert events(tmp_path)[0]["resumed"] is False
+    assert record(tmp_path).split()[1:] == ["abcdef"]
+
+
+def test_a_guest_that_runs_although_the_backup_may_have_it(tmp_path: Path) -> None:
+    """There is nothing to decide."""
+    _, said = run(tmp_path, "guard.sure()\ntime.sleep(0.2)\ndie()", stood="", timeout_s=0.1)
+    assert "web goes on UNPROTECTED" in said
+
+
+@pytest.mark.parametrize("body", ["pass", "raise errors.PeerLost('gone')", "raise KeyboardInterrupt"])
+def test_an_end_in_order(tmp_path: Path, body: str) -> None:
+    run(tmp_path, body)
+    assert not (tmp_path / "recover").exists()
+    assert record(tmp_path) == ""
+
+
+def test_a_bug_has_the_guard_look_as_well(tmp_path: Path) -> None:
+    status, said = run(tmp_path, "1 // 0")
+    assert status == 1
+    assert "ZeroDivisionError" in said
+    assert (tmp_path / "recover").exists()
+    assert record(tmp_path) == ""
