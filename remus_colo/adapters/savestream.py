@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, Protocol
 
@@ -92,16 +94,12 @@ class _Once:
 def _save(domid: int, fd: int, hooks: SaveHooks, mode: _Mode) -> None:
     lib, ffi = _native()
     _register(lib, ffi)
-    calls = _Calls(hooks)
-    handle = ffi.new_handle(calls)
     table = ffi.new("struct rc_save_hooks *")
-    table.round = lib.rc_save_round
-    table.suspend = lib.rc_save_suspend
-    table.resume = lib.rc_save_resume
-    table.checkpoint = lib.rc_save_checkpoint
-    table.log_dirty = lib.rc_save_log_dirty
+    for name in _EXTERNS:
+        setattr(table, name, getattr(lib, f"rc_save_{name}"))
     message = ffi.new("char[]", MESSAGE_BYTES)
-    rc = lib.rc_save_stream(domid, fd, int(mode), table, handle, message, MESSAGE_BYTES)
+    with _calling(hooks) as calls:
+        rc = lib.rc_save_stream(domid, fd, int(mode), table, ffi.NULL, message, MESSAGE_BYTES)
     if calls.error is not None:
         raise calls.error
     if rc:
@@ -115,6 +113,9 @@ def _save(domid: int, fd: int, hooks: SaveHooks, mode: _Mode) -> None:
         )
 
 
+# -- out of C --------------------------------------------------------------------------------------
+
+
 class _Calls:
     """The hooks, and what the first of them to fail raised: an exception cannot cross C."""
 
@@ -126,42 +127,75 @@ class _Calls:
         try:
             answer = call(self.hooks)
         except BaseException as error:  # raised again by save_checkpoints
-            if self.error is None:
-                self.error = error
+            self.fail(error)
             return failed
         return 1 if answer is None else int(answer)
+
+    def fail(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+
+
+class _Running(threading.local):
+    """The save of each thread: libxenguest calls in the one that saves."""
+
+    calls: _Calls
+
+
+_running = _Running()
+
+
+@contextlib.contextmanager
+def _calling(hooks: SaveHooks) -> Iterator[_Calls]:
+    _running.calls = _Calls(hooks)
+    try:
+        yield _running.calls
+    finally:
+        del _running.calls
+
+
+def _on_round(_: Any, number: int, dirty: int) -> int:
+    return _running.calls.run(lambda hooks: hooks.round(number, dirty), -1)
+
+
+def _on_suspend(_: Any) -> int:
+    return _running.calls.run(lambda hooks: hooks.suspend(), 0)
+
+
+def _on_resume(_: Any) -> int:
+    return _running.calls.run(lambda hooks: hooks.resume(), 0)
+
+
+def _on_checkpoint(_: Any) -> int:
+    return _running.calls.run(lambda hooks: hooks.checkpoint(), 0)
+
+
+def _on_log_dirty(_: Any, enable: int) -> int:
+    def switch(hooks: SaveHooks) -> int:
+        hooks.log_dirty(bool(enable))
+        return 0
+
+    return _running.calls.run(switch, -1)
+
+
+def _raised_outside(_kind: object, error: BaseException, _trace: object) -> None:
+    """A signal's handler, for one, runs as soon as C has come back to Python, before any ``try``."""
+    _running.calls.fail(error)
+
+
+# What C calls, and what it is told where that failed.
+_EXTERNS: dict[str, tuple[Callable[..., int], int]] = {
+    "round": (_on_round, -1),
+    "suspend": (_on_suspend, 0),
+    "resume": (_on_resume, 0),
+    "checkpoint": (_on_checkpoint, 0),
+    "log_dirty": (_on_log_dirty, -1),
+}
 
 
 def _register(lib: Any, ffi: Any) -> None:
     global _registered
-    if _registered:
-        return
-    _registered = True
-
-    def calls(data: Any) -> _Calls:
-        found: _Calls = ffi.from_handle(data)
-        return found
-
-    @ffi.def_extern(name="rc_save_round")
-    def on_round(data: Any, number: int, dirty: int) -> int:
-        return calls(data).run(lambda hooks: hooks.round(number, dirty), -1)
-
-    @ffi.def_extern(name="rc_save_suspend")
-    def on_suspend(data: Any) -> int:
-        return calls(data).run(lambda hooks: hooks.suspend(), 0)
-
-    @ffi.def_extern(name="rc_save_resume")
-    def on_resume(data: Any) -> int:
-        return calls(data).run(lambda hooks: hooks.resume(), 0)
-
-    @ffi.def_extern(name="rc_save_checkpoint")
-    def on_checkpoint(data: Any) -> int:
-        return calls(data).run(lambda hooks: hooks.checkpoint(), 0)
-
-    @ffi.def_extern(name="rc_save_log_dirty")
-    def on_log_dirty(data: Any, enable: int) -> int:
-        def switch(hooks: SaveHooks) -> int:
-            hooks.log_dirty(bool(enable))
-            return 0
-
-        return calls(data).run(switch, -1)
+    if not _registered:
+        for name, (function, failed) in _EXTERNS.items():
+            ffi.def_extern(name=f"rc_save_{name}", error=failed, onerror=_raised_outside)(function)
+        _registered = True
