@@ -70,7 +70,8 @@ class Store:
         """The node's value, or None if there is no such node."""
         try:
             with self._errors("read", path):
-                return self.client.read(path.encode()).decode("utf-8", "replace")
+                value: bytes = self.client.read(path.encode())
+                return value.decode("utf-8", "replace")
         except XenError as error:
             if error.errno == errno.ENOENT:
                 return None

@@ -199,7 +199,7 @@ def _check(form: str, told: dict[str, Any]) -> None:
 
 
 def _median(found: list[dict[str, Any]], name: str) -> float:
-    return round(statistics.median(one[name] for one in found), 2)
+    return round(float(statistics.median(one[name] for one in found)), 2)
 
 
 def _ratio(
@@ -210,7 +210,7 @@ def _ratio(
         (our[name] - (base[number][name] if base else 0)) / (their[name] - (base[number][name] if base else 0))
         for number, (our, their) in enumerate(zip(ours, theirs, strict=True))
     ]
-    return round(statistics.median(ratios), 3)
+    return round(float(statistics.median(ratios)), 3)
 
 
 def _cpu_s(pid: int | None) -> float:

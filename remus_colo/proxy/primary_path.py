@@ -150,18 +150,23 @@ class VifPath:
     def close(self, *, drop_held: bool) -> None:
         """Take everything down; what is held leaves first, unless the guest went on elsewhere."""
         self.stop_reading()
-        for close in (
+        steps: list[Callable[[], object]] = [
             lambda: self._links.remove_mirror(self.vif.ifname),
             self._input.remove,
             self._mirror.remove,
             lambda: self.output.close(drop_held=drop_held),
-            lambda: self._tap and self._tap.close(),
+            self._close_tap,
             lambda: self._links.delete_link(self.ifname),
-        ):
+        ]
+        for close in steps:
             try:
                 close()
             except RemusError as error:
                 log.warning("while taking down the path of %s: %s", self.vif.ifname, error)
+
+    def _close_tap(self) -> None:
+        if self._tap is not None:
+            self._tap.close()
 
 
 class PrimaryPath:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from remus_colo.adapters import bpf
@@ -42,7 +43,7 @@ class AddressWatch:
             for port in uplinks(bridge) if bridge else []:
                 raw = RawLink(port, bpf.ethertype(ETHERTYPE_ARP))
                 self._arp.append(raw)
-                loop.add_reader(raw, lambda raw=raw: self._read_arp(raw))
+                loop.add_reader(raw, functools.partial(self._read_arp, raw))
         except RemusError as error:
             log.info("%s", error)
         self._begin_look()

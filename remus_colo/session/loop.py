@@ -45,7 +45,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._readers: dict[int, tuple[Any, Callable[[], None]]] = {}
+        self._readers: dict[int, tuple[Any, Callable[[], object]]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
@@ -61,7 +61,7 @@ class Loop:
         self._wake_in.close()
         self._wake_out.close()
 
-    def add_reader(self, file: Any, call: Callable[[], None]) -> None:
+    def add_reader(self, file: Any, call: Callable[[], object]) -> None:
         """Call whenever ``file`` (a descriptor, or what has a ``fileno``) can be read.
 
         Files that share one ``call`` and can be read at the same time cause one call.

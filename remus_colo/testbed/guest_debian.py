@@ -122,7 +122,7 @@ class Release:
             raise HostError(
                 f"{package} of this release names {found or 'nothing'} where {pattern} was expected"
             )
-        return found[0]
+        return str(found[0])
 
     def _find(self, package: str, version: str) -> Path | None:
         # apt writes the colon of an epoch as %3a, and the architecture may be "all".
@@ -195,7 +195,7 @@ def take(package_file: Path, wanted: Callable[[str], bool]) -> Contents:
     :raises HostError: the package file is damaged.
     """
     taken = Contents({}, {})
-    words = ["dpkg-deb", "--fsys-tarfile", package_file]
+    words = ["dpkg-deb", "--fsys-tarfile", str(package_file)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as unpacker:
         assert unpacker.stdout is not None
         try:

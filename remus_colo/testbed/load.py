@@ -20,7 +20,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TextIO
 
 from remus_colo.errors import ExitStatus, NetworkError, RemusError
@@ -167,7 +167,7 @@ class Load:
         assert isinstance(check, VolatileCheck)
         self.recorder.clock.read(check.guest_time_ns, now_s)
 
-    def _helpers(self) -> Iterator[object]:
+    def _helpers(self) -> Iterator[Coroutine[Any, Any, None]]:
         if self._options.progress:
             yield self._report_progress()
         if self._options.churn:

@@ -44,7 +44,9 @@ class Verdict:
 class Check(Protocol):
     """The requests of one connection, and the check of its replies."""
 
-    outstanding: int
+    @property
+    def outstanding(self) -> int:
+        """Requests whose replies have not come yet."""
 
     def request(self) -> bytes:
         """The next request, which from now on is outstanding."""

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from remus_colo.testbed import scenario_figures
-from remus_colo.testbed.scenario import GUEST, Protection
+from remus_colo.testbed.guest_image import NAME as GUEST
+from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.standstill_watch import Seen
 
 log = logging.getLogger(__name__)

@@ -213,7 +213,7 @@ def test_what_an_svm_said_before_it_became_another_is_not_said(
 def test_a_primary_that_was_only_late(
     outage: tuple[Client, socket.socket, int], path: Path, links: Links
 ) -> None:
-    client, connection, first = outage
+    client, _connection, first = outage
     client.send(1009, first, ACK, b" and another")
     path.pump()
     path.vif.no_outage()
