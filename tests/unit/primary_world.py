@@ -319,17 +319,23 @@ class World:
         ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
         control, data = (Channel(sock, generation=1, peer="the backup") for sock in ours)
         self.backup = Backup(*(Channel(sock, generation=1) for sock in theirs))
+        self.session = self._make_session(
+            lambda loop, heartbeat, **calls: Peer(loop, control, data, heartbeat, **calls),
+            mode,
+            HeartbeatConfig(timeout_s / 8, timeout_s),
+            fence,
+        )
+        self.on_event: dict[str, Callable[[], None]] = {}
+
+    def _make_session(
+        self, make_peer: Callable[..., Peer], mode: Mode, heartbeat: HeartbeatConfig, fence: tuple[str, ...]
+    ) -> Any:
         tunnel = Tunnel(16, 4789, "10.7.0.1", "10.7.0.2")
         config = ColoConfig(
-            name="web", mode=mode, heartbeat=HeartbeatConfig(timeout_s / 8, timeout_s), compare=CompareConfig(), period_s=0.0,
-            verify_every=0, tunnels={0: tunnel}, backup_tunnels={0: tunnel}, tag="abcdef", same_host=False, destination="backup",
-            fence=fence,
+            name="web", mode=mode, heartbeat=heartbeat, compare=CompareConfig(), period_s=0.0, verify_every=0,
+            tunnels={0: tunnel}, backup_tunnels={0: tunnel}, tag="abcdef", same_host=False, destination="backup", fence=fence,
         )  # fmt: skip
-        self.session = Session(
-            self.path, self.loop, config, self.engine, mock.Mock(), lambda loop, heartbeat, **calls: Peer(loop, control, data, heartbeat, **calls),
-            self._event,
-        )  # fmt: skip
-        self.on_event: dict[str, Callable[[], None]] = {}
+        return Session(self.path, self.loop, config, self.engine, mock.Mock(), make_peer, self._event)
 
     def _event(self, event: str, /, **fields: Any) -> None:
         self.events.append((event, fields))

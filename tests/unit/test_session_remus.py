@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A protection by Remus on the primary host, from its beginning to whatever ends it: the guest must go on, as it was."""
+
+from __future__ import annotations
+
+import pytest
+from remus_world import RemusWorld
+
+from remus_colo.errors import ExitStatus, NetworkError, RemusError, XenError
+from remus_colo.relocation.schema import MessageType
+
+ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
+
+
+def test_from_the_beginning_to_the_end() -> None:
+    world = RemusWorld()
+    world.after(5, lambda: world.session.request_stop())
+    assert world.run() is ExitStatus.OK
+    world.assert_clean()
+    assert world.output.dropped is False
+    assert world.backup.received.count(MessageType.CHECKPOINT_END) >= 4
+    # Output is let go once for each acknowledgement that came.
+    assert 4 <= world.steps.count("commit") <= world.backup.received.count(MessageType.CHECKPOINT_END)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("step", ["suspend", "postsuspend", "preresume", "commit"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_whatever_fails_the_guest_goes_on(step: str, count: int, error: Exception) -> None:
+    world = RemusWorld()
+    if count == 1:
+        world.faults.planned[step] = error
+    else:
+        world.after(count, lambda: world.faults.planned.update({step: error}))
+    ended = world.run()
+    world.assert_clean()
+    assert ended is (error.exit_status if isinstance(error, RemusError) else error)
+    assert world.output.dropped is False
+    assert world.backup.received.count(MessageType.STOP) == 1
+
+
+@pytest.mark.parametrize(
+    ("message", "count", "status"),
+    [
+        (MessageType.CREATE, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CREATE_STREAM, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CHECKPOINT_END, 1, ExitStatus.PEER_UNREACHABLE),
+        (MessageType.CHECKPOINT_BEGIN, 3, ExitStatus.UNPROTECTED),
+        (MessageType.CHECKPOINT_STREAM, 3, ExitStatus.UNPROTECTED),
+        (MessageType.CHECKPOINT_END, 3, ExitStatus.UNPROTECTED),
+    ],
+)
+def test_a_backup_that_is_lost_at_any_moment(message: MessageType, count: int, status: ExitStatus) -> None:
+    world = RemusWorld()
+    world.backup.at[message, count] = lambda _: world.backup.leave()
+    assert world.run() is status
+    world.assert_clean()
+    assert world.output.dropped is False
+    assert ("release_all" in world.steps) is (message is not MessageType.CREATE)
+
+
+def test_what_a_checkpoint_holds_is_not_let_go_before_it_is_acknowledged() -> None:
+    """The backup has it, as far as that knows, and says nothing: no commit, and the next checkpoint does not begin."""
+    world = RemusWorld()
+
+    def silent(_: object) -> None:
+        world.loop.call_later(0.2, world.session.request_stop)
+
+    world.backup.at[MessageType.CHECKPOINT_END, 3] = silent
+    assert world.run() is ExitStatus.OK
+    assert world.steps.count("commit") == 2
+    assert world.steps.count("postsuspend") == 3
+    world.assert_clean()
+
+
+def test_a_takeover_stops_the_guest_and_nothing_is_released() -> None:
+    world = RemusWorld()
+    world.after(3, lambda: world.backup.say(MessageType.TAKEOVER))
+    assert world.run() is ExitStatus.FENCED
+    assert world.engine.guest.gone
+    assert world.output.dropped is True
+    assert "release_all" not in world.steps
+
+
+def test_a_bug_while_nobody_knows_who_is_active_releases_nothing() -> None:
+    world = RemusWorld(fence=("/bin/sh", "-c", "exit 7"))  # no verdict
+    world.after(3, world.backup.leave)
+
+    def arbitrating() -> None:
+        world.loop.call(lambda: 1 // 0)
+        world.loop.call_later(0.1, lambda: world.loop.call(lambda: 1 // 0))
+
+    world.on_event["arbitrating"] = arbitrating
+    assert isinstance(world.run(), ZeroDivisionError)
+    assert world.output.dropped is True
+    assert "release_all" not in world.steps
+    world.assert_clean()
