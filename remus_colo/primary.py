@@ -158,14 +158,16 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
         events = report.EventLog(options.log)
         doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS
         stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
-        events.event("recovered", pid=remains.pid, guest=stood, resumed=bool(stood) and not doubt)
-        if stood and doubt:
+        still = stood in ("paused", "suspended")
+        events.event("recovered", pid=remains.pid, guest=stood, resumed=still and not doubt)
+        if still and doubt:
             log.error(
                 "remus (process %d) was killed after the backup had lost it: %s stays %s, as it may run there. If it does not: "
                 "python3 -m remus_colo.recover %s", remains.pid, name, stood, name,
             )  # fmt: skip
             return
-        log.error("remus (process %d) was killed: %s goes on UNPROTECTED", remains.pid, name)
+        outcome = "has ended" if stood == recovery.GONE else "goes on UNPROTECTED"
+        log.error("remus (process %d) was killed: %s %s", remains.pid, name, outcome)
         record.clear()
 
     guard = Guard(name, recover)

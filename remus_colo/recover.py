@@ -26,7 +26,11 @@ def _body(argv: Sequence[str]) -> int:
     domid = toolstack.find_domain(domain)
     with only_one(domid, domain) as record:
         stood = recovery.recover(domid, record.tags)
-    print(f"{domain} was {stood}, and runs on" if stood else f"{domain} did not stand still")
+    print(
+        {"": f"{domain} runs", recovery.GONE: f"{domain} has ended"}.get(
+            stood, f"{domain} was {stood}, and runs on"
+        )
+    )
     return int(ExitStatus.OK)
 
 

@@ -27,15 +27,16 @@ from remus_colo.proxy.primary_path import PLUG_LIMIT_BYTES, primary_ifname, rule
 log = logging.getLogger(__name__)
 
 LATE_SUSPEND_S = 10.0
+GONE = "gone"
 
 
 def _standstill(guest: Guest) -> str:
-    """How a domain has been stopped: "paused", "suspended", or "" if it runs or ends."""
+    """How a domain has been stopped: "paused", "suspended", "" if it runs, GONE if it has ended."""
     info = guest.info()
     if info.dying:
-        return ""
+        return GONE
     if info.shutdown:
-        return "suspended" if info.shutdown_reason == ShutdownReason.SUSPEND else ""
+        return "suspended" if info.shutdown_reason == ShutdownReason.SUSPEND else GONE
     return "paused" if info.paused else ""
 
 
@@ -94,7 +95,7 @@ def clean_network(links: Links, domid: int, vifs: Iterable[Vif], tags: Iterable[
 
 
 def recover(domid: int, tags: Iterable[str], *, resume: bool = True, reborn: bool = False) -> str:
-    """All of it.  Returns how the guest stood still before, "paused" or "suspended", or "" if it did not.
+    """All of it.  Returns how the guest stood still before, "paused" or "suspended", or "" if it did not, or GONE.
 
     :param resume: let it run; else only its network is cleaned.
     :raise RemusError: the guest stands still yet.
@@ -125,5 +126,5 @@ def _look_at_guest(domid: int, store: Store, *, resume: bool, reborn: bool = Fal
             return stood
     except XenError as error:
         if error.errno == errno.ESRCH:
-            return ""  # it has ended
+            return GONE
         raise

@@ -91,6 +91,12 @@ def test_a_guest_that_runs_although_the_backup_may_have_it(tmp_path: Path) -> No
     assert "web goes on UNPROTECTED" in said
 
 
+def test_a_guest_that_is_no_more(tmp_path: Path) -> None:
+    _, said = run(tmp_path, "die()", stood="gone")
+    assert "web has ended" in said
+    assert events(tmp_path)[0]["resumed"] is False
+
+
 @pytest.mark.parametrize("body", ["pass", "raise errors.PeerLost('gone')", "raise KeyboardInterrupt"])
 def test_an_end_in_order(tmp_path: Path, body: str) -> None:
     run(tmp_path, body)

@@ -183,7 +183,8 @@ def test_a_guest_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest()
     monkeypatch.setattr(guest, "info", mock.Mock(side_effect=XenError("no such domain", errno=3)))
     world = World(monkeypatch, guest)
-    assert recovery.recover(7, ("abcdef",)) == ""
+    assert recovery.recover(7, ("abcdef",)) == recovery.GONE
+    world.store.watch.assert_not_called()
     assert world.cleaned == 1
 
 
