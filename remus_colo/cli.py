@@ -52,7 +52,7 @@ def build_parser() -> Parser:
         epilog=f"{defaults.FENCE_HELP}\n\n{defaults.exit_status_text(*ExitStatus)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("domain", help="name or domid of the running domain to protect")
+    parser.add_argument("domain", help="name, domid or UUID of the running domain to protect")
     parser.add_argument(
         "destination",
         nargs="?",

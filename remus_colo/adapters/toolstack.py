@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from remus_colo.errors import DomainError, HostError, XenError
 
 XL_TIMEOUT_S = 120.0
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
@@ -29,7 +31,7 @@ def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
 
 
 def find_domain(name_or_domid: str) -> int:
-    """The domid of a domain given by name or number.
+    """The domid of a domain given by name, number or UUID.
 
     :raise DomainError: if there is none.
     """
@@ -39,6 +41,8 @@ def find_domain(name_or_domid: str) -> int:
             _xl("domname", name_or_domid)
         except XenError as error:
             raise DomainError(f"there is no domain with id {domid}: see `xl list`") from error
+    elif _UUID.fullmatch(name_or_domid):
+        domid = _of_uuid(name_or_domid.lower())
     else:
         try:
             domid = int(_xl("domid", name_or_domid))
@@ -47,6 +51,15 @@ def find_domain(name_or_domid: str) -> int:
     if domid == 0:
         raise DomainError("domain 0 is this host's control domain: name a guest")
     return domid
+
+
+def _of_uuid(uuid: str) -> int:
+    # lines "UUID  domid  name" (list_vm in xl's xl_info.c); xl finds domains by name and number only
+    for line in _xl("vm-list").splitlines():
+        words = line.split(maxsplit=2)
+        if words and words[0].lower() == uuid:
+            return int(words[1])
+    raise DomainError(f"there is no domain with the UUID {uuid} on this host: see `xl vm-list`")
 
 
 def domain_name(domid: int) -> str:

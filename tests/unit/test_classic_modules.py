@@ -77,6 +77,31 @@ def test_a_domain_as_xend_described_it() -> None:
     assert str(domain).startswith("VM 7 (web), vifs: [00:16:3e:77:00:10, ")
 
 
+XL = """#!/bin/sh
+case "$*" in
+    "domid web" | "domname 7") echo 7 ;;
+    vm-list)
+        echo "UUID                                  ID    name"
+        echo "00000000-0000-0000-0000-000000000000  0    Domain-0"
+        echo "0e8b1a55-7d0f-4d3c-9d6a-0123456789ab  7    web and more" ;;
+    "list -l 7") echo '[{"domid": 7, "config": {"c_info": {"name": "web"}, "b_info": {"type": "pvh"}}}]' ;;
+    *) echo "$*: no such thing" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("domid", [7, "7", "web", "0e8b1a55-7d0f-4d3c-9d6a-0123456789AB"])
+def test_a_domain_is_found_by_name_number_or_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domid: int | str) -> None:
+    (tmp_path / "xl").write_text(XL)
+    (tmp_path / "xl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    domain = vm.VM(domid)
+    assert (domain.domid, domain.name) == (7, "web")
+    for absent in ("nosuch", 8, "0e8b1a55-7d0f-4d3c-9d6a-000000000000", "00000000-0000-0000-0000-000000000000"):
+        with pytest.raises(vm.VMException, match="error looking up domain"):
+            vm.VM(absent)
+
+
 def test_one_device_is_a_dictionary_several_are_a_list() -> None:
     one = vm.parsedominfo(["domain", ["domid", 1], ["device", ["vif", ["mac", "a"]]]])
     assert one == {"domid": 1, "device": {"vif": {"mac": "a"}}}
