@@ -30,7 +30,7 @@ help:
 	@echo 'make bench    what protection costs'
 	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
 	@echo 'make fuzz     attack the receiving daemon, without Xen: FUZZ_SECONDS=600'
-	@echo 'make lint     ruff'
+	@echo 'make lint     ruff: rules and format'
 	@echo 'make clean    remove what was built in this tree'
 
 setup:
@@ -69,6 +69,7 @@ fuzz: setup
 
 lint:
 	ruff check .
+	ruff format --check .
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -69,7 +69,10 @@ def cffi_modules() -> list[str]:
         elif policy == "required":
             sys.exit(f"cannot build remus_colo._native.{module}: {missing}")
         else:
-            print(f"warning: not building remus_colo._native.{module}, which {what_for}: {missing}", file=sys.stderr)
+            print(
+                f"warning: not building remus_colo._native.{module}, which {what_for}: {missing}",
+                file=sys.stderr,
+            )
     return modules
 
 
@@ -115,4 +118,7 @@ def add_to_wheel(wheel: Path, name: str, content: bytes) -> None:
 
 modules = cffi_modules()
 # without cffi setuptools does not know the keyword
-setup(cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel}, **({"cffi_modules": modules} if modules else {}))
+setup(
+    cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
+    **({"cffi_modules": modules} if modules else {}),
+)

@@ -150,7 +150,9 @@ class _Reader:
                 group += item[1:]
                 continue
             if name in seen:
-                self.notes.append(f"{self._where(item)}: {name} is set in line {seen[name]} already, and that one counts")
+                self.notes.append(
+                    f"{self._where(item)}: {name} is set in line {seen[name]} already, and that one counts"
+                )
                 continue
             seen[name] = item.line
             if name in keys:
@@ -166,15 +168,21 @@ class _Reader:
             self.notes.append(f"{where}: {name} has no value, so its default counts")
             return None
         if len(item) > 2:
-            self.notes.append(f"{where}: {name} has more than one value, and only the first counts: put all between quotes")
+            self.notes.append(
+                f"{where}: {name} has more than one value, and only the first counts: put all between quotes"
+            )
         text = item[1]
         shown = sxp.to_string(text)
         if not isinstance(text, str):
-            raise ConfigError(f"{where}: {name} cannot be {shown}: {key.kind.allowed} is allowed, and no list")
+            raise ConfigError(
+                f"{where}: {name} cannot be {shown}: {key.kind.allowed} is allowed, and no list"
+            )
         try:
             return Setting(key.kind.read(text), text, where)
         except re.error as error:
-            raise ConfigError(f"{where}: {name} cannot be {shown}: it is no regular expression: {error}") from error
+            raise ConfigError(
+                f"{where}: {name} cannot be {shown}: it is no regular expression: {error}"
+            ) from error
         except ValueError as error:
             raise ConfigError(f"{where}: {name} cannot be {shown}: {key.kind.allowed} is allowed") from error
 
@@ -191,8 +199,14 @@ def _check_heartbeat(colo: Mapping[str, Setting]) -> None:
     """:raise ConfigError: what the file sets cannot go together, whatever the command line adds to it."""
     timeout, interval = colo.get("heartbeat-timeout"), colo.get("heartbeat-interval")
     if interval is not None and not interval.value:
-        raise ConfigError(f"{interval.where}: heartbeat-interval cannot be 0: a whole number of milliseconds from 1 is allowed")
-    if timeout is not None and interval is not None and timeout.value < HEARTBEATS_PER_TIMEOUT * interval.value:
+        raise ConfigError(
+            f"{interval.where}: heartbeat-interval cannot be 0: a whole number of milliseconds from 1 is allowed"
+        )
+    if (
+        timeout is not None
+        and interval is not None
+        and timeout.value < HEARTBEATS_PER_TIMEOUT * interval.value
+    ):
         raise ConfigError(
             f"{timeout.where}: heartbeat-timeout cannot be {timeout.value}: "
             f"{HEARTBEATS_PER_TIMEOUT} times heartbeat-interval, which is {interval.value}, or more is allowed"

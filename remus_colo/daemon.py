@@ -86,9 +86,13 @@ class Daemon:
         """Serve until :meth:`stop`; then see sessions to their end, as ``remusd --help`` says."""
         for listener in self._server.listeners:
             log.info("listening on %s", listener)
-            self._log.event("listening", address=listener.address, port=listener.port, tls=listener.tls is not None)
+            self._log.event(
+                "listening", address=listener.address, port=listener.port, tls=listener.tls is not None
+            )
         if not self._options.hosts_allow:
-            log.warning("every host that reaches this port may start domains here: set xend-relocation-hosts-allow")
+            log.warning(
+                "every host that reaches this port may start domains here: set xend-relocation-hosts-allow"
+            )
         self._server.run()
         log.info("ending")
         service.notify("STOPPING=1")
@@ -118,7 +122,9 @@ class Daemon:
 
         def event(name: str, /, **fields: Any) -> None:
             self._log.event(name, domain=creation.name, **fields)
-            log.info("%s: %s %s", creation.name, name, " ".join(f"{key}={value}" for key, value in fields.items()))
+            log.info(
+                "%s: %s %s", creation.name, name, " ".join(f"{key}={value}" for key, value in fields.items())
+            )
 
         config = BackupConfig(
             lan_bridge=self._options.bridge, fence=self._options.fence, unknown=self._options.unknown_primary

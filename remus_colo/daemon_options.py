@@ -165,7 +165,9 @@ def build_parser() -> Parser:
         type=int,
         help=f"at most N connections at a time that protect nothing yet (default {defaults.DEFAULT_HALF_OPEN_LIMIT})",
     )
-    network.add_argument("--ssl", action=argparse.BooleanOptionalAction, help="serve a port with TLS, or do not")
+    network.add_argument(
+        "--ssl", action=argparse.BooleanOptionalAction, help="serve a port with TLS, or do not"
+    )
     network.add_argument(
         "--ssl-port", metavar="PORT", type=int, help=f"that port (default {defaults.DEFAULT_SSL_PORT})"
     )
@@ -193,7 +195,10 @@ def build_parser() -> Parser:
     service = parser.add_argument_group("service")
     defaults.add_config_options(service)
     service.add_argument(
-        "-f", "--foreground", action="store_true", help="stay in the foreground (else: leave it, once it listens)"
+        "-f",
+        "--foreground",
+        action="store_true",
+        help="stay in the foreground (else: leave it, once it listens)",
     )
     service.add_argument("--pid-file", metavar="FILE", type=Path, help="write the process id to FILE")
     service.add_argument("--log", metavar="FILE", type=Path, help="append every event to FILE, as JSON lines")
@@ -259,7 +264,9 @@ def parse(argv: Sequence[str]) -> DaemonOptions:
         log=given.log,
         pid_file=given.pid_file,
         log_file=given.log_file,
-        log_level=logging.DEBUG if given.verbose else logging.getLevelNamesMapping()[_LEVELS.get(level, level)],
+        log_level=logging.DEBUG
+        if given.verbose
+        else logging.getLevelNamesMapping()[_LEVELS.get(level, level)],
         verbose=given.verbose,
         notes=config.notes,
     )

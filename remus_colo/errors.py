@@ -69,7 +69,9 @@ class XenError(RemusError):
 
     exit_status = ExitStatus.HOST
 
-    def __init__(self, message: str, *, operation: str = "", domid: int | None = None, errno: int = 0) -> None:
+    def __init__(
+        self, message: str, *, operation: str = "", domid: int | None = None, errno: int = 0
+    ) -> None:
         super().__init__(message)
         self.operation = operation
         self.domid = domid

@@ -116,7 +116,9 @@ def parse_limits(text: str) -> tuple[tuple[str, int], ...]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, number = part.partition("=")
         if name not in LIMITS:
-            raise ConfigError(f"--limits: there is no limit {name!r}: give {', '.join(LIMITS[:-1])} or {LIMITS[-1]}")
+            raise ConfigError(
+                f"--limits: there is no limit {name!r}: give {', '.join(LIMITS[:-1])} or {LIMITS[-1]}"
+            )
         if not (number.isascii() and number.isdecimal() and 0 < int(number) <= 10**12):
             raise ConfigError(f"--limits: {name} must be a whole number from 1, got {number!r}")
         limits.append((name, int(number)))

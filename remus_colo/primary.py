@@ -196,7 +196,9 @@ def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: 
     )
     try:
         channel.send_control(
-            MessageType.HELLO, 0, {"versions": [VERSION], "host": socket.gethostname(), "channel": channel_name}
+            MessageType.HELLO,
+            0,
+            {"versions": [VERSION], "host": socket.gethostname(), "channel": channel_name},
         )
         reply = channel.recv(deadline_s)
         _expect(reply, MessageType.HELLO, options.destination)
@@ -228,7 +230,9 @@ def _measure_clocks(control: Channel, clock: xenctrl.Clock) -> tuple[ClockSample
         returned_ns = clock.now_ns()
         _expect(reply, MessageType.CLOCK_REPLY, control.peer)
         samples.append(
-            ClockSample(sent_ns, int(reply.fields["received_ns"]), int(reply.fields["replied_ns"]), returned_ns)
+            ClockSample(
+                sent_ns, int(reply.fields["received_ns"]), int(reply.fields["replied_ns"]), returned_ns
+            )
         )
         settable = reply.fields.get("settable") is True
     return best_sample(samples), settable

@@ -51,7 +51,9 @@ def run(options: RemusOptions) -> int:
             refuse_stopped(name, guest.info())
         config = toolstack.domain_config(domid)
         refuse_for_remus(name, config)
-        disks = replicated_disks(name, config.get("disks", []), blackhole=options.blackhole, no_disk=options.no_disk)
+        disks = replicated_disks(
+            name, config.get("disks", []), blackhole=options.blackhole, no_disk=options.no_disk
+        )
         kmod.load("xen_netback", "the guest's network")
         console = stack.enter_context(RemusConsole(options, name))
         engine = RemusEngine(domid, store)

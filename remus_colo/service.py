@@ -21,7 +21,13 @@ LOG_FILES = 5
 SYSLOG = "/dev/log"
 
 # sd-daemon(3): syslog's priorities
-_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.DEBUG, 7))
+_PRIORITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.DEBUG, 7),
+)
 
 
 # -- what it says --------------------------------------------------------------------------------------------

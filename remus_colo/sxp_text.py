@@ -49,7 +49,10 @@ def show(sxpr: Sxpr, out: _Out | None = None) -> None:
 
 
 def _write(
-    sxpr: Sxpr, out: _Out, of_list: Callable[[Sxpr], tuple[str, Sequence[Sxpr], str]], of_atom: Callable[[Sxpr], str]
+    sxpr: Sxpr,
+    out: _Out,
+    of_list: Callable[[Sxpr], tuple[str, Sequence[Sxpr], str]],
+    of_atom: Callable[[Sxpr], str],
 ) -> None:
     """Write a tree: what is before, in and behind a list, with blanks between. Any depth: scripts make what they like."""
     waiting: list[tuple[bool, Sxpr]] = [(False, sxpr)]  # text to be written as it is, or an expression

@@ -29,7 +29,9 @@ def declarations() -> str:
     text = "".join((HERE / name).read_text(encoding="utf-8") for name in HEADERS)
     lines = re.sub(r"/\*.*?\*/", "", text, flags=re.S).splitlines()
     names = [match[1] for line in lines if (match := re.match(r"#define (\w+) +\S", line))]
-    return "\n".join([*(f"#define {name} ..." for name in names), *(line for line in lines if not line.startswith("#"))])
+    return "\n".join(
+        [*(f"#define {name} ..." for name in names), *(line for line in lines if not line.startswith("#"))]
+    )
 
 
 def source_hash() -> str:
@@ -40,7 +42,9 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def make_builder(base: Path | None = None, extra_args: Sequence[str] = (), extra_objects: Sequence[str] = ()) -> FFI:
+def make_builder(
+    base: Path | None = None, extra_args: Sequence[str] = (), extra_objects: Sequence[str] = ()
+) -> FFI:
     """The builder.
 
     :param base: what the names of the sources are relative to; None: they are absolute.

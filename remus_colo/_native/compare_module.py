@@ -60,7 +60,9 @@ def _find() -> Any:
             return module
         sys.modules.pop(NAME, None)
     if wanted is None:
-        raise HostError("the compiled comparator is missing: install cffi and a C compiler, then remus_colo again")
+        raise HostError(
+            "the compiled comparator is missing: install cffi and a C compiler, then remus_colo again"
+        )
     return _load_from(_cached(builder, wanted))
 
 

@@ -161,7 +161,11 @@ def mount_debugfs() -> None:
     if os.path.isdir(f"{_DEBUGFS}/xen-netback"):
         return
     done = subprocess.run(
-        ("mount", "-t", "debugfs", "debugfs", _DEBUGFS), capture_output=True, text=True, timeout=10, check=False
+        ("mount", "-t", "debugfs", "debugfs", _DEBUGFS),
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
     )
     if not os.path.isdir(f"{_DEBUGFS}/xen-netback"):
         reason = done.stderr.strip() or "netback has no folder there"
@@ -184,7 +188,9 @@ def input_idle(vif: Vif) -> bool:
         with open(path, encoding="ascii") as ring:
             text = ring.read()
     except OSError as error:
-        raise XenError(f"cannot read {path}: {error.strerror}", operation="debugfs", domid=vif.domid) from error
+        raise XenError(
+            f"cannot read {path}: {error.strerror}", operation="debugfs", domid=vif.domid
+        ) from error
     consumed, queued = _RX_CONSUMER.search(text), _RX_QUEUED.search(text)
     if consumed is None or queued is None:
         raise XenError(f"{path} is not what was expected", operation="debugfs", domid=vif.domid)

@@ -46,7 +46,10 @@ def untagged_tcp(version: int, destination: bytes | None = None) -> Sequence[Ins
     if version == 4:
         tests += [(_LOAD_HALF, _ETHERTYPE, _ETHERTYPE_IPV4), (_LOAD_BYTE, _IPV4_PROTOCOL, socket.IPPROTO_TCP)]
     else:
-        tests += [(_LOAD_HALF, _ETHERTYPE, _ETHERTYPE_IPV6), (_LOAD_BYTE, _IPV6_NEXT_HEADER, socket.IPPROTO_TCP)]
+        tests += [
+            (_LOAD_HALF, _ETHERTYPE, _ETHERTYPE_IPV6),
+            (_LOAD_BYTE, _IPV6_NEXT_HEADER, socket.IPPROTO_TCP),
+        ]
     if destination is not None:
         high, low = struct.unpack("!IH", destination)
         tests += [(_LOAD_WORD, _DESTINATION, high), (_LOAD_HALF, _DESTINATION + 4, low)]

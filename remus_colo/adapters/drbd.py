@@ -21,7 +21,9 @@ _PROTOCOL = re.compile(r"\bprotocol\s+([A-Z])\s*;")
 def _run(*command: str) -> str:
     """:raise HostError: there is no such tool, or it failed."""
     if shutil.which(command[0]) is None:
-        raise HostError(f"the {command[0]} command was not found: install drbd-utils, or detach the DRBD disk")
+        raise HostError(
+            f"the {command[0]} command was not found: install drbd-utils, or detach the DRBD disk"
+        )
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
@@ -75,7 +77,9 @@ class CheckpointedDrbd:
         try:
             return fcntl.ioctl(self._fd, request, 0)
         except OSError as error:
-            raise NetworkError(f"the disk {self._device} did not take a checkpoint: {error.strerror}") from error
+            raise NetworkError(
+                f"the disk {self._device} did not take a checkpoint: {error.strerror}"
+            ) from error
 
     def fileno(self) -> int:
         return self._fd

@@ -254,7 +254,9 @@ class Links:
         """
         link = self._wait(lambda: self._find(ifname), deadline_s, clock)
         if link is None:
-            raise NetworkError(f"the link {ifname} did not appear in time: see the backend's state in xenstore")
+            raise NetworkError(
+                f"the link {ifname} did not appear in time: see the backend's state in xenstore"
+            )
         return int(link["index"])
 
     def wait_forwarding(
@@ -266,7 +268,9 @@ class Links:
         :raise NetworkError: it does not at the deadline.
         """
         if self._wait(lambda: self._is_forwarding(ifname), deadline_s, clock) is None:
-            raise NetworkError(f"the bridge of {ifname} did not begin to forward in time: has the link a carrier?")
+            raise NetworkError(
+                f"the bridge of {ifname} did not begin to forward in time: has the link a carrier?"
+            )
 
     def _is_forwarding(self, ifname: str) -> bool | None:
         info = self._get(ifname).get_attr("IFLA_LINKINFO")

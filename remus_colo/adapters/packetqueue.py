@@ -67,7 +67,9 @@ class Form(enum.StrEnum):
             return cls(name)
         except ValueError:
             forms = " or ".join(form.value for form in cls)
-            raise ConfigError(f"{ENVIRONMENT}={name} is not known: set it to {forms}, or not at all") from None
+            raise ConfigError(
+                f"{ENVIRONMENT}={name} is not known: set it to {forms}, or not at all"
+            ) from None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

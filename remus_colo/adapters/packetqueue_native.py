@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 class NativeQueue(PacketQueue):
     """Parameters and errors as of :func:`remus_colo.adapters.packetqueue.open_queue`."""
 
-    def __init__(self, queue_num: int, on_packet: OnPacket, max_packets: int, receive_buffer_bytes: int) -> None:
+    def __init__(
+        self, queue_num: int, on_packet: OnPacket, max_packets: int, receive_buffer_bytes: int
+    ) -> None:
         self._lib, self._ffi = compiled()
         self._queue_num = queue_num
         self._on_packet = on_packet
@@ -110,7 +112,9 @@ class NativeQueue(PacketQueue):
         if error == -errno.ENOENT:
             raise StateError(f"packet {packet_id} is not held by queue {self._queue_num}")
         if error == -errno.EMSGSIZE:
-            raise ValueError(f"a packet of more than {self._lib.RQ_MAX_PAYLOAD} bytes does not go through a queue")
+            raise ValueError(
+                f"a packet of more than {self._lib.RQ_MAX_PAYLOAD} bytes does not go through a queue"
+            )
         if error:
             raise self._not_sent(error)
         if not self._processing:
@@ -127,7 +131,9 @@ class NativeQueue(PacketQueue):
         counters = self._read_counters()
         if counters.refused > self._refused:
             self._refused = counters.refused
-            log.warning("a request to packet queue %d was refused: %s", self._queue_num, os.strerror(counters.refusal))
+            log.warning(
+                "a request to packet queue %d was refused: %s", self._queue_num, os.strerror(counters.refusal)
+            )
 
     def _read_counters(self) -> Any:
         if self._queue is not None:

@@ -49,7 +49,9 @@ _NFQA_CFG_F_GSO = 1 << 2
 class ReferenceQueue(PacketQueue):
     """Parameters and errors as of :func:`remus_colo.adapters.packetqueue.open_queue`."""
 
-    def __init__(self, queue_num: int, on_packet: OnPacket, max_packets: int, receive_buffer_bytes: int) -> None:
+    def __init__(
+        self, queue_num: int, on_packet: OnPacket, max_packets: int, receive_buffer_bytes: int
+    ) -> None:
         self._queue_num = queue_num
         self._on_packet = on_packet
         self._max_packets = max_packets

@@ -79,7 +79,11 @@ class PhysdevRules:
             with contextlib.suppress(HostError):  # no mangle table, hence no rules
                 for line in _run(tool, "-t", "mangle", "-S", chain).splitlines():
                     words = shlex.split(line)
-                    mine = any(word.startswith(MARK_PREFIX) for word in words) if any_owner else self._mark in words
+                    mine = (
+                        any(word.startswith(MARK_PREFIX) for word in words)
+                        if any_owner
+                        else self._mark in words
+                    )
                     if words[0] == "-A" and mine:
                         rules.append(words[1:])
         return rules

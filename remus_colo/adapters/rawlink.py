@@ -112,7 +112,11 @@ class RawLink:
             destination_mac, source_mac, ethertype = _HEADER.unpack_from(frame)
             status = int.from_bytes(about[0][2][:4], sys.byteorder) if about else 0
             return Frame(
-                ethertype, frame[_HEADER.size :], source_mac, destination_mac, not status & _TP_STATUS_CSUMNOTREADY
+                ethertype,
+                frame[_HEADER.size :],
+                source_mac,
+                destination_mac,
+                not status & _TP_STATUS_CSUMNOTREADY,
             )
 
     def failed(self, error: int) -> None:

@@ -98,7 +98,10 @@ def _fail(ffi: Any, operation: str, domid: int | None, what: str) -> XenError:
     number = ffi.errno
     where = f" for domain {domid}" if domid is not None else ""
     return XenError(
-        f"{what}{where}: {operation} failed: {os.strerror(number)}", operation=operation, domid=domid, errno=number
+        f"{what}{where}: {operation} failed: {os.strerror(number)}",
+        operation=operation,
+        domid=domid,
+        errno=number,
     )
 
 
@@ -188,7 +191,10 @@ class Guest:
         except self._xc_error as error:
             number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
             raise XenError(
-                f"{what} for domain {self.domid}: {name} failed: {error}", operation=name, domid=self.domid, errno=number
+                f"{what} for domain {self.domid}: {name} failed: {error}",
+                operation=name,
+                domid=self.domid,
+                errno=number,
             ) from error
 
     # -- state ---------------------------------------------------------------------------------------
@@ -196,7 +202,9 @@ class Guest:
     def info(self) -> DomainInfo:
         """:raise XenError: errno ESRCH if the domain is gone."""
         raw = self._ffi.new("struct rc_domain_info *")
-        self._check(self._lib.rc_guest_info(self._guest, raw), "xc_domain_getinfolist", "could not look it up")
+        self._check(
+            self._lib.rc_guest_info(self._guest, raw), "xc_domain_getinfolist", "could not look it up"
+        )
         return DomainInfo(
             domid=self.domid,
             tot_pages=raw.tot_pages,
@@ -240,7 +248,9 @@ class Guest:
     def alloc_unbound(self, remote_domid: int = 0) -> int:
         """Allocate the domain's lowest free event channel port for ``remote_domid`` to bind to."""
         return int(
-            self._binding("could not allocate an event channel", "evtchn_alloc_unbound", self.domid, remote_domid)
+            self._binding(
+                "could not allocate an event channel", "evtchn_alloc_unbound", self.domid, remote_domid
+            )
         )
 
     def event_channels(self, limit: int = 4096) -> list[EventChannel]:
@@ -261,7 +271,9 @@ class Guest:
     def inject_vector(self, apic_id: int, vector: int) -> None:
         """Assert an interrupt vector at one local APIC; wakes a vCPU that is halted."""
         self._check(
-            self._lib.rc_inject_vector(self._guest, apic_id, vector), "xendevicemodel_inject_msi", "could not kick"
+            self._lib.rc_inject_vector(self._guest, apic_id, vector),
+            "xendevicemodel_inject_msi",
+            "could not kick",
         )
 
     # -- memory --------------------------------------------------------------------------------------
@@ -275,7 +287,11 @@ class Guest:
 
     def remap(self, gfn: int) -> None:
         """The page behind ``gfn`` is another one now: map it again."""
-        self._check(self._lib.rc_guest_remap(self._guest, gfn), "xenforeignmemory_map", f"could not remap gfn {gfn:#x}")
+        self._check(
+            self._lib.rc_guest_remap(self._guest, gfn),
+            "xenforeignmemory_map",
+            f"could not remap gfn {gfn:#x}",
+        )
 
     @property
     def nr_gfns(self) -> int:
@@ -286,7 +302,9 @@ class Guest:
         """The page itself (4096 bytes, live), valid until the next remap or close."""
         pointer = self._lib.rc_guest_page(self._guest, gfn)
         if pointer == self._ffi.NULL:
-            raise XenError(f"gfn {gfn:#x} of domain {self.domid} is not mapped", operation="page", domid=self.domid)
+            raise XenError(
+                f"gfn {gfn:#x} of domain {self.domid} is not mapped", operation="page", domid=self.domid
+            )
         return memoryview(self._ffi.buffer(pointer, PAGE_SIZE))
 
     def present(self) -> bytearray:
@@ -326,7 +344,9 @@ class Guest:
         absent = self._lib.rc_guest_apply(
             self._guest,
             self._ffi.cast("const uint64_t *", self._ffi.from_buffer(gfns)),
-            self._ffi.NULL if pages is None else self._ffi.cast("const uint8_t *", self._ffi.from_buffer(pages)),
+            self._ffi.NULL
+            if pages is None
+            else self._ffi.cast("const uint8_t *", self._ffi.from_buffer(pages)),
             count,
             last,
         )
@@ -341,17 +361,23 @@ class Guest:
     # -- dirty log -----------------------------------------------------------------------------------
 
     def enable_dirty_log(self) -> None:
-        self._check(self._lib.rc_logdirty_enable(self._guest), "xc_shadow_control", "could not start the dirty log")
+        self._check(
+            self._lib.rc_logdirty_enable(self._guest), "xc_shadow_control", "could not start the dirty log"
+        )
 
     def disable_dirty_log(self) -> None:
-        self._check(self._lib.rc_logdirty_disable(self._guest), "xc_shadow_control", "could not stop the dirty log")
+        self._check(
+            self._lib.rc_logdirty_disable(self._guest), "xc_shadow_control", "could not stop the dirty log"
+        )
 
     def take_dirty(self, bitmap: bytearray) -> int:
         """OR what was dirtied since the last call into ``bitmap`` and start anew. Returns Xen's count."""
         if len(bitmap) != self.nr_gfns // 8:
             raise ValueError(f"bitmap of {len(bitmap)} bytes for {self.nr_gfns} gfns")
         return self._check(
-            self._lib.rc_logdirty_clean(self._guest, self._ffi.from_buffer("uint8_t[]", bitmap), self.nr_gfns),
+            self._lib.rc_logdirty_clean(
+                self._guest, self._ffi.from_buffer("uint8_t[]", bitmap), self.nr_gfns
+            ),
             "xc_logdirty_control",
             "could not read the dirty log",
         )
@@ -359,12 +385,16 @@ class Guest:
     # -- grants and vCPU state -----------------------------------------------------------------------
 
     def grant_version(self) -> int:
-        return self._check(self._lib.rc_grants_version(self._guest), "gnttab_get_version", "could not ask for it")
+        return self._check(
+            self._lib.rc_grants_version(self._guest), "gnttab_get_version", "could not ask for it"
+        )
 
     def map_grants(self) -> int:
         """Map the grant table's frames (again, if it may have grown). Returns their number."""
         return self._check(
-            self._lib.rc_grants_map(self._guest), "xenforeignmemory_map_resource", "could not map its grant table"
+            self._lib.rc_grants_map(self._guest),
+            "xenforeignmemory_map_resource",
+            "could not map its grant table",
         )
 
     def grants(self, nr_frames: int) -> bytes:
@@ -397,7 +427,9 @@ class Guest:
     def hvm_context(self) -> bytes:
         """``xc_domain_hvm_getcontext``: vCPUs, local APICs and the rest that Xen emulates."""
         size = self._check(
-            self._lib.rc_hvm_context_get(self._guest, self._ffi.NULL, 0), "xc_domain_hvm_getcontext", "could not size it"
+            self._lib.rc_hvm_context_get(self._guest, self._ffi.NULL, 0),
+            "xc_domain_hvm_getcontext",
+            "could not size it",
         )
         out = bytearray(size)
         size = self._check(
@@ -409,7 +441,9 @@ class Guest:
 
     def set_hvm_context(self, context: bytes) -> None:
         self._check(
-            self._lib.rc_hvm_context_set(self._guest, self._ffi.from_buffer("uint8_t[]", context), len(context)),
+            self._lib.rc_hvm_context_set(
+                self._guest, self._ffi.from_buffer("uint8_t[]", context), len(context)
+            ),
             "xc_domain_hvm_setcontext",
             "could not load the vCPU state",
         )
@@ -420,7 +454,9 @@ def bitmap_or(into: bytearray, other: bytes | bytearray) -> int:
     if len(into) != len(other):
         raise ValueError(f"bitmaps of {len(into)} and {len(other)} bytes")
     lib, ffi = _native()
-    return int(lib.rc_bitmap_or(ffi.from_buffer("uint8_t[]", into), ffi.from_buffer("uint8_t[]", other), len(into)))
+    return int(
+        lib.rc_bitmap_or(ffi.from_buffer("uint8_t[]", into), ffi.from_buffer("uint8_t[]", other), len(into))
+    )
 
 
 def bitmap_count(bitmap: bytes | bytearray) -> int:

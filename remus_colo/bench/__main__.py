@@ -22,12 +22,21 @@ PARTS = {"comparator": "remus_colo.bench.comparator", "nfqueue": "remus_colo.ben
 
 def machine() -> dict[str, object]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    return {"cpu": model, "cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )
+    return {
+        "cpu": model,
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m remus_colo.bench", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python3 -m remus_colo.bench", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="shorter and less exact")
     parser.add_argument("--only", choices=tuple(PARTS), help="one part of it")
     args = parser.parse_args()

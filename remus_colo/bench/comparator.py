@@ -75,7 +75,9 @@ class Subject:
                 listener.listen(1)
                 listener.settimeout(START_TIMEOUT_S)
                 listeners.append(listener)
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
             try:
                 for listener in listeners:
                     sock, _ = listener.accept()
@@ -143,7 +145,11 @@ def qemu_command(directory: Path) -> list[str]:
     command = [QEMU, "-machine", "none", "-nodefaults", "-display", "none", "-object", "iothread,id=io"]
     for role in ROLES:
         command += ["-chardev", f"socket,id={role},path={directory / role}"]
-    return [*command, "-object", "colo-compare,id=compare,primary_in=pri,secondary_in=sec,outdev=out,iothread=io"]
+    return [
+        *command,
+        "-object",
+        "colo-compare,id=compare,primary_in=pri,secondary_in=sec,outdev=out,iothread=io",
+    ]
 
 
 def qemu_version() -> str:
@@ -157,7 +163,9 @@ def subjects(directory: Path, bridge: Path) -> Iterator[tuple[Subject, Subject]]
         both = []
         for name in NAMES:
             home = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=directory)))
-            command = qemu_command(home) if name == "QEMU" else [str(bridge), *(str(home / role) for role in ROLES)]
+            command = (
+                qemu_command(home) if name == "QEMU" else [str(bridge), *(str(home / role) for role in ROLES)]
+            )
             subject = Subject(name, command, home)
             stack.callback(subject.close)
             both.append(subject)
@@ -177,7 +185,9 @@ def measure(bridge: Path, directory: Path, size: int, packets: int) -> list[dict
         for turn in range(TURNS + 1):
             for flows, both in under_test.items():
                 warm_up = max(4, -(-flows // batch))
-                count, number = (per_turn, (warm_up + (turn - 1) * per_turn) * batch) if turn else (warm_up, 0)
+                count, number = (
+                    (per_turn, (warm_up + (turn - 1) * per_turn) * batch) if turn else (warm_up, 0)
+                )
                 batches = [frames(flows, size, batch, number + index * batch) for index in range(count)]
                 for subject in both if turn % 2 else both[::-1]:
                     before_s = subject.cpu_s()
@@ -216,4 +226,6 @@ def run(quick: bool = False) -> dict[str, object]:
 
 
 def _rate(cells: list[dict[str, float]], size: int, flows: int) -> float:
-    return next(cell["packets_per_cpu_s"] for cell in cells if (cell["bytes"], cell["flows"]) == (size, flows))
+    return next(
+        cell["packets_per_cpu_s"] for cell in cells if (cell["bytes"], cell["flows"]) == (size, flows)
+    )

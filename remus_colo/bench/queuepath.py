@@ -76,13 +76,17 @@ class QueueBench:
             }
         for name in ("p50", "p99"):
             for form in ("bare", "colo"):
-                added = [found[name] - none[name] for found, none in zip(times[form], times["none"], strict=True)]
+                added = [
+                    found[name] - none[name] for found, none in zip(times[form], times["none"], strict=True)
+                ]
                 figures[form][f"added_{name}_us"] = round(statistics.median(added), 2)
             figures[f"added_{name}_ratio"] = _ratio(times["colo"], times["bare"], name, times["none"])
         figures["rate_ratio"] = _ratio(rates["colo"], rates["bare"], "per_second")
         return figures
 
-    def _rounds_of(self, mode: str, size: int, arguments: dict[str, float]) -> dict[str, list[dict[str, Any]]]:
+    def _rounds_of(
+        self, mode: str, size: int, arguments: dict[str, float]
+    ) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {form: [] for form in arguments}
         for _ in range(self._rounds):
             for form, argument in arguments.items():
@@ -99,7 +103,14 @@ class QueueBench:
                 self._sockets[0].recv(1, socket.MSG_DONTWAIT)
         descriptors = [sock.fileno() for sock in self._sockets]
         done = subprocess.run(
-            [self._traffic_program, mode, str(size), str(self._seconds), str(round(argument)), *map(str, descriptors)],
+            [
+                self._traffic_program,
+                mode,
+                str(size),
+                str(self._seconds),
+                str(round(argument)),
+                *map(str, descriptors),
+            ],
             pass_fds=descriptors,
             preexec_fn=self._on(self._cpus[0]),
             capture_output=True,
@@ -194,7 +205,9 @@ def _check(form: str, told: dict[str, Any]) -> None:
 
     :raise RemusError: that happened.
     """
-    if form == "colo" and (told["requests"] or told["counters"]["queue_lost"] or told["counters"]["secondary_lost"]):
+    if form == "colo" and (
+        told["requests"] or told["counters"]["queue_lost"] or told["counters"]["secondary_lost"]
+    ):
         raise RemusError(f"the bench's own traffic asked for a checkpoint: {told}")
 
 
@@ -203,11 +216,15 @@ def _median(found: list[dict[str, Any]], name: str) -> float:
 
 
 def _ratio(
-    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], name: str, base: list[dict[str, Any]] | None = None
+    ours: list[dict[str, Any]],
+    theirs: list[dict[str, Any]],
+    name: str,
+    base: list[dict[str, Any]] | None = None,
 ) -> float:
     """Median of the rounds' ratios."""
     ratios = [
-        (our[name] - (base[number][name] if base else 0)) / (their[name] - (base[number][name] if base else 0))
+        (our[name] - (base[number][name] if base else 0))
+        / (their[name] - (base[number][name] if base else 0))
         for number, (our, their) in enumerate(zip(ours, theirs, strict=True))
     ]
     return round(float(statistics.median(ratios)), 3)
@@ -236,7 +253,11 @@ def _compile(directory: Path) -> Path:
     program = directory / "traffic"
     source = Path(__file__).with_name("traffic.c")
     done = subprocess.run(
-        [compiler, "-O2", "-Wall", "-o", program, source], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [compiler, "-O2", "-Wall", "-o", program, source],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
     if done.returncode != 0:
         raise HostError(f"the traffic's program cannot be compiled: {done.stderr.strip().splitlines()[0]}")

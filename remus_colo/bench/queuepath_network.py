@@ -49,14 +49,18 @@ class Network:
         for part in ("client", "host", "guest"):
             run(["ip", "netns", "add", self.name(part)], timeout_s=30)
             with netns.entered(self.name(part)), contextlib.suppress(FileNotFoundError):
-                Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")  # nobody speaks but the bench
+                Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text(
+                    "1"
+                )  # nobody speaks but the bench
         self._ip("host", "link add br0 type bridge forward_delay 0 mcast_snooping 0")
         self._ip("host", "link set br0 up")
         for part, port, ifname, address, mac, other, other_mac in (
             ("client", "lan0", "c0", CLIENT_IP, CLIENT_MAC, GUEST_IP, GUEST_MAC),
             ("guest", VIF, "eth0", GUEST_IP, GUEST_MAC, CLIENT_IP, CLIENT_MAC),
         ):
-            self._ip("host", f"link add {port} type veth peer name {ifname} netns {self.name(part)} address {mac}")
+            self._ip(
+                "host", f"link add {port} type veth peer name {ifname} netns {self.name(part)} address {mac}"
+            )
             self._ip(part, f"addr add {address}/24 dev {ifname}")
             self._ip(part, f"link set {ifname} up")
             self._ip(part, f"neigh add {other} lladdr {other_mac} dev {ifname} nud permanent")

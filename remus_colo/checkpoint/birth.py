@@ -29,7 +29,9 @@ def secondary_name(name: str) -> str:
     return name + SECONDARY_SUFFIX
 
 
-def secondary_config(config: dict[str, Any], bridge: Callable[[int], str], *, same_host: bool) -> dict[str, Any]:
+def secondary_config(
+    config: dict[str, Any], bridge: Callable[[int], str], *, same_host: bool
+) -> dict[str, Any]:
     """The SVM's configuration, from libxl's of the PVM.
 
     :param bridge: the isolated bridge for the vif with a given index.
@@ -126,7 +128,9 @@ class Restorer:
             status = self._process.wait(RESTORE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.abort()
-            raise XenError(f"xl restore did not end within {RESTORE_TIMEOUT_S:g} s", operation="xl restore") from None
+            raise XenError(
+                f"xl restore did not end within {RESTORE_TIMEOUT_S:g} s", operation="xl restore"
+            ) from None
         if status:
             raise self._failure()
         for domid in store.list("/local/domain"):

@@ -64,12 +64,12 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
     kind = domain_kind(config)
     if kind == "pv":
         raise DomainError(
-            f"{name} is a PV guest, and COLO needs hardware virtualization: change it to type=\"pvh\" "
+            f'{name} is a PV guest, and COLO needs hardware virtualization: change it to type="pvh" '
             "(any Linux since 4.11 boots so), or protect it with classic Remus"
         )
     if kind == "hvm":
         raise DomainError(
-            f"{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type=\"pvh\""
+            f'{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type="pvh"'
         )
     for disk in config.get("disks", []):
         if disk.get("readwrite", 0):
@@ -86,7 +86,9 @@ def refuse_guest(name: str, info: DomainInfo, guest: Guest, store: Store) -> Non
     """
     refuse_stopped(name, info)
     if not info.hvm:
-        raise DomainError(f"{name} is a PV guest, and COLO needs hardware virtualization: change it to type=\"pvh\"")
+        raise DomainError(
+            f'{name} is a PV guest, and COLO needs hardware virtualization: change it to type="pvh"'
+        )
     if not info.hap:
         raise DomainError(f"{name} runs on shadow page tables: start it with hap=1, the dirty log needs it")
     if info.vcpus != 1:
@@ -121,7 +123,7 @@ def refuse_for_remus(name: str, config: dict[str, Any]) -> None:
     """:raise DomainError: the domain is of a kind that Remus without COLO does not take either."""
     if domain_kind(config) == "hvm":
         raise DomainError(
-            f"{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type=\"pvh\""
+            f'{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type="pvh"'
         )
 
 

@@ -58,7 +58,9 @@ def records(stream: memoryview | bytes | bytearray) -> Iterator[Record]:
         body = position + RECORD.size
         position = body + (length + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         if position > len(view):
-            raise FramingError(f"a record of type {kind:#x} ends at byte {position}, the stream at {len(view)}")
+            raise FramingError(
+                f"a record of type {kind:#x} ends at byte {position}, the stream at {len(view)}"
+            )
         yield Record(kind, body, length)
 
 
@@ -73,7 +75,9 @@ def entries(stream: memoryview | bytes | bytearray, record: Record) -> memoryvie
     count, _ = PAGE_DATA_PREFIX.unpack_from(view, record.offset)
     start = record.offset + PAGE_DATA_PREFIX.size
     if start + 8 * count > record.offset + record.length:
-        raise FramingError(f"a PAGE_DATA record of {record.length} bytes has no room for {count} pages' numbers")
+        raise FramingError(
+            f"a PAGE_DATA record of {record.length} bytes has no room for {count} pages' numbers"
+        )
     return view[start : start + 8 * count]
 
 
@@ -83,9 +87,7 @@ def contents(stream: memoryview | bytes | bytearray, record: Record) -> memoryvi
     return memoryview(stream)[start : record.offset + record.length]
 
 
-def all_pages(
-    stream: memoryview | bytes | bytearray, record: Record
-) -> Iterator[tuple[int, int | None]]:
+def all_pages(stream: memoryview | bytes | bytearray, record: Record) -> Iterator[tuple[int, int | None]]:
     """Entry of each page of a PAGE_DATA record, and where its content lies, None for those without.
 
     :raise FramingError: it is not laid out as one.

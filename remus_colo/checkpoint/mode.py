@@ -28,7 +28,12 @@ class Choice:
 
 
 def choose(
-    requested: str, *, offset_ns: int, two_level_events: bool, tsc_clock: bool = False, settable_clock: bool = False
+    requested: str,
+    *,
+    offset_ns: int,
+    two_level_events: bool,
+    tsc_clock: bool = False,
+    settable_clock: bool = False,
 ) -> Choice:
     """:param requested: ``auto``, ``transparent`` or ``cooperative``.
     :param offset_ns: backup's Xen system time less the guest's clock, which is the primary's unless it came from
@@ -47,7 +52,8 @@ def choose(
         remedy = "add xen.fifo_events=0 to its kernel command line"
     elif settable_clock:
         return Choice(
-            Mode.TRANSPARENT, f"the backup's Xen, whose clock is {offset} from the guest's, lets a guest keep its own"
+            Mode.TRANSPARENT,
+            f"the backup's Xen, whose clock is {offset} from the guest's, lets a guest keep its own",
         )
     elif offset_ns < -MAX_BEHIND_NS:
         obstacle = f"the backup's Xen clock is {offset} from the guest's, which would stand still"
@@ -58,5 +64,7 @@ def choose(
     else:
         return Choice(Mode.TRANSPARENT, f"the backup's Xen clock is {offset} from the guest's")
     if requested == Mode.TRANSPARENT:
-        raise DomainError(f"transparent checkpoints cannot work: {obstacle}; {remedy}, or use --checkpoint cooperative")
+        raise DomainError(
+            f"transparent checkpoints cannot work: {obstacle}; {remedy}, or use --checkpoint cooperative"
+        )
     return Choice(Mode.COOPERATIVE, obstacle)

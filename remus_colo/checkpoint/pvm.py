@@ -249,7 +249,8 @@ class PvmEngine:
         pages = [self.guest.page(gfns[0]) for gfns in self._find_rings().values()]
         deadline_s = time.monotonic() + RING_TIMEOUT_S
         while not (
-            all(sharedinfo.ring_idle(page) for page in pages) and all(backend.input_idle(vif) for vif in self.layout.vifs)
+            all(sharedinfo.ring_idle(page) for page in pages)
+            and all(backend.input_idle(vif) for vif in self.layout.vifs)
         ):
             if time.monotonic() > deadline_s:
                 return "a network backend has not answered the guest's requests"
@@ -263,7 +264,9 @@ class PvmEngine:
             table = self.guest.grants(frames)
             for vif in self.layout.vifs:
                 nodes = backend.ring_nodes(self.store, vif)
-                refs = [int(nodes[name]) for name in sorted(nodes, reverse=True) if name.endswith("-ring-ref")]
+                refs = [
+                    int(nodes[name]) for name in sorted(nodes, reverse=True) if name.endswith("-ring-ref")
+                ]
                 gfns = [sharedinfo.grant_frame(table, ref) for ref in refs]
                 self._ring_gfns[vif.handle] = [gfn for gfn in gfns if gfn is not None]
         return self._ring_gfns

@@ -133,7 +133,8 @@ class Receiver:
         self._drain.join(END_TIMEOUT_S)
         lines = self._output.decode("utf-8", "replace").strip().splitlines()
         return XenError(
-            f"xl migrate-receive failed: {'; '.join(lines[-3:]) or 'no message'}", operation="xl migrate-receive"
+            f"xl migrate-receive failed: {'; '.join(lines[-3:]) or 'no message'}",
+            operation="xl migrate-receive",
         )
 
 

@@ -84,4 +84,3 @@ class Staging:
         self.fd = -1
         self._pump.join()
         os.close(self._memory)
-

@@ -85,7 +85,8 @@ class Suspender:
     def _must_be_forced(self) -> bool:
         """As libxl: a guest without drivers for Xen, or in an ACPI sleep state, does not listen."""
         return self._device_model and (
-            not self.guest.hvm_param(HVM_PARAM_CALLBACK_IRQ) or bool(self.guest.hvm_param(HVM_PARAM_ACPI_S_STATE))
+            not self.guest.hvm_param(HVM_PARAM_CALLBACK_IRQ)
+            or bool(self.guest.hvm_param(HVM_PARAM_ACPI_S_STATE))
         )
 
     def resume(self) -> None:

@@ -67,7 +67,9 @@ class SvmEngine:
         place and brings it up.
     """
 
-    def __init__(self, guest: Guest, store: Store, layout: GuestLayout, attach: Callable[[Vif], None]) -> None:
+    def __init__(
+        self, guest: Guest, store: Store, layout: GuestLayout, attach: Callable[[Vif], None]
+    ) -> None:
         self.guest = guest
         self.store = store
         self.layout = layout
@@ -145,7 +147,11 @@ class SvmEngine:
         # A guest that resumes itself grants anew, and its twin's table may have more frames than this one's.
         busy = self.guest.set_grants(checkpoint.grants if self.mode is Mode.TRANSPARENT else b"")
         if busy:
-            log.warning("%d grants of domain %d were still mapped while its state was replaced", busy, self.guest.domid)
+            log.warning(
+                "%d grants of domain %d were still mapped while its state was replaced",
+                busy,
+                self.guest.domid,
+            )
         # Without a request that was there already, the interrupt that resume() makes is a new one.
         self.guest.set_hvm_context(hvmcontext.without_request(checkpoint.context, self._callback_vector()))
         if self.mode is Mode.TRANSPARENT:
@@ -183,7 +189,9 @@ class SvmEngine:
 
     def _write_pages(self, checkpoint: Received, grant_frames: int) -> None:
         absent = 0
-        runs: list[tuple[bytes | memoryview, bytes | memoryview | None]] = [(run.gfns, run.pages) for run in checkpoint.pages]
+        runs: list[tuple[bytes | memoryview, bytes | memoryview | None]] = [
+            (run.gfns, run.pages) for run in checkpoint.pages
+        ]
         for gfns, pages in [*runs, (checkpoint.zero_gfns, None)]:
             number, last_gfn = self.guest.apply(gfns, pages)
             absent += number
@@ -221,7 +229,9 @@ class SvmEngine:
         for vif in self.layout.vifs:
             self.attach(vif)
             self.store.write(f"{vif.backend}/hotplug-status", "connected")
-            self._await(vif, XenbusState.CONNECTED if self.mode is Mode.TRANSPARENT else XenbusState.INIT_WAIT)
+            self._await(
+                vif, XenbusState.CONNECTED if self.mode is Mode.TRANSPARENT else XenbusState.INIT_WAIT
+            )
 
     def _reset(self) -> None:
         """Make the SVM what a domain is that a suspended guest is about to be resumed in."""

@@ -30,7 +30,10 @@ def begin_fields(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "pages": snapshot.count,
         "vifs": [{"handle": handle, "nodes": nodes} for handle, nodes in snapshot.ring_nodes.items()],
-        "events": [[channel.port, int(channel.kind), channel.vcpu, channel.detail] for channel in snapshot.event_channels],
+        "events": [
+            [channel.port, int(channel.kind), channel.vcpu, channel.detail]
+            for channel in snapshot.event_channels
+        ],
         "shared_info_gfn": snapshot.shared_info_gfn,
         "xen_time_ns": snapshot.xen_time_ns,
     }
@@ -75,7 +78,9 @@ class Assembler:
         self.epoch = begin.epoch
         self._announced = int(begin.fields["pages"])
         if limit_pages is not None and self._announced > limit_pages:
-            raise MessageError(f"checkpoint {self.epoch} is to have {self._announced} pages, at most {limit_pages} can be")
+            raise MessageError(
+                f"checkpoint {self.epoch} is to have {self._announced} pages, at most {limit_pages} can be"
+            )
         self._fields = begin.fields
         self._digest = CheckpointDigest()
         self._pages: list[Pages] = []
@@ -88,7 +93,9 @@ class Assembler:
         if message.type is MessageType.PAGES:
             pages = bulk.parse_pages(message.data)
             if self._digest.pages + pages.count > self._announced:
-                raise MessageError(f"checkpoint {self.epoch} has more than the {self._announced} pages announced")
+                raise MessageError(
+                    f"checkpoint {self.epoch} has more than the {self._announced} pages announced"
+                )
             self._pages.append(pages)
             self._digest.update([message.data], pages=pages.count)
         else:
@@ -117,10 +124,13 @@ class Assembler:
                 xen_time_ns=int(self._fields["xen_time_ns"]),
             )
         except (KeyError, OverflowError, TypeError, ValueError) as error:
-            raise MessageError(f"checkpoint {self.epoch} lacks a part or has a malformed one: {error!r}") from error
+            raise MessageError(
+                f"checkpoint {self.epoch} lacks a part or has a malformed one: {error!r}"
+            ) from error
 
 
 def _events(raw: Sequence[Sequence[int]]) -> list[EventChannel]:
     return [
-        EventChannel(int(port), EvtchnKind(int(kind)), int(vcpu), int(detail)) for port, kind, vcpu, detail in raw
+        EventChannel(int(port), EvtchnKind(int(kind)), int(vcpu), int(detail))
+        for port, kind, vcpu, detail in raw
     ]

@@ -58,7 +58,10 @@ def extend(path: MutableSequence[str], name: str) -> None:
     package, _, leaf = name.rpartition(".")
     beside = [os.path.join(folder, leaf) for folder in sys.modules[package].__path__] if package else []
     relative = os.path.join(*name.split("."))
-    for found in (*beside, *(os.path.join(folder, relative) for folder in (*bindings.candidates(), *sys.path))):
+    for found in (
+        *beside,
+        *(os.path.join(folder, relative) for folder in (*bindings.candidates(), *sys.path)),
+    ):
         if found not in path and os.path.isdir(found) and not os.path.samefile(found, path[0]):
             path.append(found)
 

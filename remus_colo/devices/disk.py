@@ -104,7 +104,9 @@ def replicated_disks(
         if resource is not None and not no_disk:
             found.append(DrbdDisk(resource))
         elif no_disk:
-            log.warning("the disk %s of %s is not replicated, as --no-disk has it", disk.get("vdev", "?"), name)
+            log.warning(
+                "the disk %s of %s is not replicated, as --no-disk has it", disk.get("vdev", "?"), name
+            )
         else:
             raise DomainError(
                 f"{name} has a writable disk ({disk.get('vdev', '?')}) that nothing replicates: put it on DRBD with protocol D, "

@@ -138,7 +138,9 @@ class Outage:
         self.close()
         clients = self._to_guest.take()
         # A handshake's first half nobody waits for: whoever begins a connection repeats his SYN himself.
-        guest = [(frame, segment) for frame, segment in self._from_guest.take() if not segment.opens_or_resets]
+        guest = [
+            (frame, segment) for frame, segment in self._from_guest.take() if not segment.opens_or_resets
+        ]
         for frame, segment in clients:
             to_guest(frame, segment.packet)
         for frame, segment in guest:

@@ -46,7 +46,12 @@ class Output:
     """
 
     def __init__(
-        self, loop: Loop, vif: str, link: str, config: CompareConfig, on_request: Callable[[CheckpointRequest], None]
+        self,
+        loop: Loop,
+        vif: str,
+        link: str,
+        config: CompareConfig,
+        on_request: Callable[[CheckpointRequest], None],
     ) -> None:
         self.vif = vif
         self._ifname = link

@@ -47,11 +47,15 @@ class Capture:
         try:
             with open(path, "rb") as file:
                 size = file.seek(0, 2)
-                self._data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+                self._data: mmap.mmap | bytes = (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+                )
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         self._order, self._tick_ns = self._read_header()
-        self._entries: list[tuple[int, int, int, int]] = []  # time, offset of the frame, bytes of it, bytes on the wire
+        self._entries: list[
+            tuple[int, int, int, int]
+        ] = []  # time, offset of the frame, bytes of it, bytes on the wire
         self.cut = self._read_entries()
 
     def __len__(self) -> int:
@@ -62,7 +66,7 @@ class Capture:
 
     def record(self, index: int) -> Record:
         time_ns, offset, size, wire_size = self._entries[index]
-        return Record(index, time_ns, bytes(self._data[offset:offset + size]), wire_size)
+        return Record(index, time_ns, bytes(self._data[offset : offset + size]), wire_size)
 
     def close(self) -> None:
         if isinstance(self._data, mmap.mmap):
@@ -76,7 +80,9 @@ class Capture:
                 if magic == _MAGIC_PCAPNG:
                     raise ConfigError(f"{self.path} is a pcapng file: convert it with 'editcap -F pcap'")
                 if magic in (_MAGIC_US, _MAGIC_NS) and len(head) == _HEADER_BYTES:
-                    linktype = struct.unpack(order + _HEADER, head)[-1] & 0xFFFF  # the rest is about checksums
+                    linktype = (
+                        struct.unpack(order + _HEADER, head)[-1] & 0xFFFF
+                    )  # the rest is about checksums
                     if linktype != LINKTYPE_ETHERNET:
                         raise ConfigError(
                             f"{self.path} has link type {linktype}, not Ethernet (1): capture on the vif or the bridge, "
@@ -93,6 +99,8 @@ class Capture:
             at += _RECORD_BYTES
             if size > end - at:
                 return True
-            self._entries.append((seconds * 1_000_000_000 + fraction * self._tick_ns, at, size, max(size, wire_size)))
+            self._entries.append(
+                (seconds * 1_000_000_000 + fraction * self._tick_ns, at, size, max(size, wire_size))
+            )
             at += size
         return at != end

@@ -188,7 +188,8 @@ class PrimaryPath:
         self.rules = QueueRules(rules_owner(domid))
         self.tag = tag
         self.vifs = [
-            VifPath(loop, self.links, vif, primary_ifname(tag, vif.handle), config, on_request) for vif in vifs
+            VifPath(loop, self.links, vif, primary_ifname(tag, vif.handle), config, on_request)
+            for vif in vifs
         ]
 
     def start(self, tunnels: dict[int, Tunnel]) -> None:
@@ -199,7 +200,12 @@ class PrimaryPath:
             mtu = self.links.mtu(path.vif.ifname)
             if tunnel.remote is not None and tunnel.local is not None:
                 self.links.create_vxlan(
-                    path.ifname, vni=tunnel.vni, local=tunnel.local, remote=tunnel.remote, port=tunnel.port, mtu=mtu
+                    path.ifname,
+                    vni=tunnel.vni,
+                    local=tunnel.local,
+                    remote=tunnel.remote,
+                    port=tunnel.port,
+                    mtu=mtu,
                 )
             # On one host the backup's side makes a pair of links, this end among them.
             path.start(self.rules)

@@ -170,7 +170,9 @@ class ReferencePump(Pump):
         self._comparator = comparator
         self._apply = apply
         self._due_s: float | None = None
-        self.queue = open_queue(queue_num, self._on_packet, size.packets, receive_buffer_bytes=size.socket_bytes)
+        self.queue = open_queue(
+            queue_num, self._on_packet, size.packets, receive_buffer_bytes=size.socket_bytes
+        )
 
     def _on_packet(self, packet_id: int, payload: bytes, ethertype: int) -> None:
         self._apply(self._comparator.primary(time.monotonic(), packet_id, payload, ethertype))

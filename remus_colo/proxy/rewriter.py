@@ -49,11 +49,18 @@ class Rewriter:
         module = compare_module.load()
         self._lib, self._ffi = module.lib, module.ffi
         limits = self._ffi.new("struct rewrite_limits *")
-        limits.idle_s, limits.linger_s, limits.handshake_s, limits.answer_s = idle_s, LINGER_S, HANDSHAKE_S, SYN_ANSWER_S
+        limits.idle_s, limits.linger_s, limits.handshake_s, limits.answer_s = (
+            idle_s,
+            LINGER_S,
+            HANDSHAKE_S,
+            SYN_ANSWER_S,
+        )
         limits.flows, limits.held_per_flow, limits.held = max(1, limit_flows), HELD_PER_FLOW, HELD_LIMIT
         made = self._lib.rewriter_new(limits)
         if made == self._ffi.NULL:
-            raise HostError("there is no memory for the rewriter's table of flows: free some, and protect the guest anew")
+            raise HostError(
+                "there is no memory for the rewriter's table of flows: free some, and protect the guest anew"
+            )
         self.native = self._ffi.gc(made, self._lib.rewriter_free)
 
     @property

@@ -56,7 +56,9 @@ def _look_up(name: str) -> str:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{name!r} is no address, no network interface, and no host's name: {reason}") from error
+        raise ConfigError(
+            f"{name!r} is no address, no network interface, and no host's name: {reason}"
+        ) from error
     # xend knew IPv4 alone: a name that has both means that
     return str(min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0])
 
@@ -66,7 +68,9 @@ def _interface_address(interface: str) -> str:
         try:
             answer = fcntl.ioctl(sock, _SIOCGIFADDR, _IFREQ.pack(interface.encode()))
         except OSError as error:
-            raise ConfigError(f"the network interface {interface} has no IPv4 address: {error.strerror}") from error
+            raise ConfigError(
+                f"the network interface {interface} has no IPv4 address: {error.strerror}"
+            ) from error
     return socket.inet_ntoa(answer[_ADDRESS])
 
 

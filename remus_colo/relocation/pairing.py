@@ -98,7 +98,9 @@ class Pairing:
     @staticmethod
     def _refuse(channel: Channel, reason: str) -> None:
         """:raise PeerError: always, once the peer knows."""
-        channel.send_control(MessageType.REFUSE, 0, {"reason": reason, "exit_status": int(ExitStatus.PEER_REFUSED)})
+        channel.send_control(
+            MessageType.REFUSE, 0, {"reason": reason, "exit_status": int(ExitStatus.PEER_REFUSED)}
+        )
         raise PeerError(reason)
 
     @staticmethod

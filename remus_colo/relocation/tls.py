@@ -107,7 +107,9 @@ def reason(error: ssl.SSLError) -> str:
 
 
 def _no_password() -> NoReturn:
-    raise ConfigError("the private key is encrypted, and nobody is there to give its password: store it without one")
+    raise ConfigError(
+        "the private key is encrypted, and nobody is there to give its password: store it without one"
+    )
 
 
 def _load(context: ssl.SSLContext, files: TlsFiles) -> ssl.SSLContext:

@@ -90,7 +90,9 @@ class Loop:
         with contextlib.suppress(BlockingIOError, OSError):
             self._wake_in.send(b"\0")
 
-    def thread(self, name: str, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]) -> None:
+    def thread(
+        self, name: str, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]
+    ) -> None:
         """Run ``work`` in a thread of its own, then ``done(result, error)`` in the loop's."""
 
         def run() -> None:
@@ -116,7 +118,9 @@ class Loop:
             last_call = None
             for fd, _ in self._epoll.poll(timeout_s, _EVENTS_PER_TURN):
                 _, call = self._readers.get(fd, (None, None))
-                if call is None or call == last_call:  # removed by one that was called before, or one for both
+                if (
+                    call is None or call == last_call
+                ):  # removed by one that was called before, or one for both
                     continue
                 last_call = call
                 call()

@@ -50,4 +50,3 @@ class RemusConsole(Console):
             loop.call_later(REFRESH_S, refresh)
 
         refresh()
-

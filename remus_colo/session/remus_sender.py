@@ -39,7 +39,9 @@ class CheckpointSender:
         """:raise PeerLost: the backup does not take it."""
         self._digest.update([chunk])
         deadline_s = time.monotonic() + LIVE_TIMEOUT_S
-        self.sent_bytes += self._channel.send_bulk(MessageType.CREATE_STREAM, 1, [chunk], deadline_s=deadline_s)
+        self.sent_bytes += self._channel.send_bulk(
+            MessageType.CREATE_STREAM, 1, [chunk], deadline_s=deadline_s
+        )
 
     def finish_first(self, device_state: bytes) -> None:
         self._finish(1, device_state)

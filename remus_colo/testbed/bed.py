@@ -61,7 +61,9 @@ class Bed:
 
     def __init__(self, name: str = "default", state_root: Path | None = None) -> None:
         if not NAME_PATTERN.fullmatch(name):
-            raise BedError(f"'{name}' is no name for a bed: use lower-case letters, digits and dashes, at most 31")
+            raise BedError(
+                f"'{name}' is no name for a bed: use lower-case letters, digits and dashes, at most 31"
+            )
         self.name = name
         self.directory = (STATE_ROOT if state_root is None else state_root.resolve()) / name
         self.network = BedNetwork(name)
@@ -78,7 +80,9 @@ class Bed:
         options = Options() if options is None else options
         with self._locked():
             if self.network.exists() or any(host.alive() for host in self.hosts.values()):
-                raise BedError(f"the bed '{self.name}' is up already, or left over: take it down first ('down')")
+                raise BedError(
+                    f"the bed '{self.name}' is up already, or left over: take it down first ('down')"
+                )
             (self.directory / "bed.json").write_text(json.dumps(asdict(options)))
             began_s = time.monotonic()
             try:
@@ -112,7 +116,9 @@ class Bed:
             self.remote(name).disconnect()
             if host.kill():
                 removed.append(f"host {name}")
-            for process in find_by_argument(host.qmp_argument):  # started, but its record was not written any more
+            for process in find_by_argument(
+                host.qmp_argument
+            ):  # started, but its record was not written any more
                 process.kill()
                 removed.append(f"process {process.pid}")
         removed += [f"namespace {name}" for name in self.network.remove()]
@@ -193,7 +199,9 @@ class Bed:
         """Copy a file to the path ``target``, or a directory's content into the directory ``target``, in dom0."""
         where = shlex.quote(target)
         if source.is_dir():
-            packed = subprocess.run(["tar", "-C", str(source), "-czf", "-", "."], stdout=subprocess.PIPE, check=True)
+            packed = subprocess.run(
+                ["tar", "-C", str(source), "-czf", "-", "."], stdout=subprocess.PIPE, check=True
+            )
             command, content = f"mkdir -p {where} && tar -C {where} -xzf - --no-same-owner", packed.stdout
         elif source.is_file():
             mode = source.stat().st_mode & 0o777
@@ -273,7 +281,11 @@ class Bed:
             # The clocks are read by the code under test: if that is broken the bed is still good to find out why.
             log.warning("the hosts' Xen clocks are not set, only about right: %s", error)
             return
-        log.info("backup's Xen clock is %+.4f s from primary's (to within %.4f s)", reached.offset_s, reached.error_s)
+        log.info(
+            "backup's Xen clock is %+.4f s from primary's (to within %.4f s)",
+            reached.offset_s,
+            reached.error_s,
+        )
 
     def _wait_ready(self, name: str) -> None:
         self.hosts[name].wait_ready(BOOT_TIMEOUT_S)

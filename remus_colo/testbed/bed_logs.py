@@ -80,6 +80,8 @@ def _collect_host(bed: Bed, name: str, target: Path) -> None:
         argv = remote.argv(f"tar -cf - --ignore-failed-read {LOG_PATHS} 2>/dev/null")
         with (target / "logs.tar").open("wb") as output:
             # tar's status tells of files that changed while they were read: no matter here.
-            subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=output, timeout=COLLECT_TIMEOUT_S, check=False)
+            subprocess.run(
+                argv, stdin=subprocess.DEVNULL, stdout=output, timeout=COLLECT_TIMEOUT_S, check=False
+            )
     except (RemusError, subprocess.TimeoutExpired) as error:
         (target / "logs.tar.txt").write_text(f"not collected: {error}\n")

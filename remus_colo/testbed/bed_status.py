@@ -27,7 +27,9 @@ def status(bed: Bed) -> dict[str, Any]:
         "up": exists and all(host["state"] in ("ready", "paused") for host in hosts.values()),
         "hosts": hosts,
         "replication_link": ("up" if bed.network.link_is_up() else "down") if exists else None,
-        "client": {"namespace": bed.network.namespace("client"), "address": CLIENT_ADDRESS} if exists else None,
+        "client": {"namespace": bed.network.namespace("client"), "address": CLIENT_ADDRESS}
+        if exists
+        else None,
         "directory": str(bed.directory),
     }
 
@@ -37,7 +39,9 @@ def text(found: dict[str, Any]) -> str:
     for name, host in found["hosts"].items():
         where = host["addresses"]
         pid = f"pid {host['pid']}, " if host["pid"] is not None else ""
-        lines.append(f"  {name:8} {host['state']:8} {pid}LAN {where['lan']}, replication {where['replication']}")
+        lines.append(
+            f"  {name:8} {host['state']:8} {pid}LAN {where['lan']}, replication {where['replication']}"
+        )
     if found["client"] is not None:
         lines.append(f"  client   {found['client']['address']} in namespace {found['client']['namespace']}")
         lines.append(f"  replication link {found['replication_link']}")

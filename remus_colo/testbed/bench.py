@@ -34,7 +34,9 @@ def remus_kind(interval_ms: int) -> str:
     return f"remus {interval_ms} ms"
 
 
-def measure(bed: Bed, rounds: int, seconds: float, load: dict[str, Any], remus: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    bed: Bed, rounds: int, seconds: float, load: dict[str, Any], remus: dict[str, Any]
+) -> dict[str, Any]:
     """Both kinds in turn, ``rounds`` times.
 
     :raise BedError: a load had something to complain of.
@@ -66,7 +68,9 @@ def measure(bed: Bed, rounds: int, seconds: float, load: dict[str, Any], remus: 
     for kind, found in results.items():
         for result in found:
             if result["errors"]:
-                raise BedError(f"the load on the {kind} guest saw {result['errors']} errors: nothing to be compared")
+                raise BedError(
+                    f"the load on the {kind} guest saw {result['errors']} errors: nothing to be compared"
+                )
     known = [share for share in shares if share is not None]
     return {
         "rounds": rounds,
@@ -91,7 +95,10 @@ def pauses(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def figures(results: list[Result]) -> dict[str, dict[str, float]]:
     """Rate and latencies by service, ``all`` for all of them: the mean of the rounds."""
-    services = {"all": results, **{name: [r["services"][name] for r in results] for name in results[0]["services"]}}
+    services = {
+        "all": results,
+        **{name: [r["services"][name] for r in results] for name in results[0]["services"]},
+    }
     return {
         name: {key: round(sum(one[key] for one in found) / len(found), 3) for key in _FIGURES}
         for name, found in services.items()
@@ -101,18 +108,36 @@ def figures(results: list[Result]) -> dict[str, dict[str, float]]:
 def report(found: dict[str, Any]) -> str:
     """The result for people."""
     kinds = [kind for kind in found if isinstance(found[kind], dict) and "all" in found[kind]]
-    rows: list[tuple[object, ...]] = [("", *(f"{kind}/s" for kind in kinds), *(f"{kind} p50 ms" for kind in kinds))]
+    rows: list[tuple[object, ...]] = [
+        ("", *(f"{kind}/s" for kind in kinds), *(f"{kind} p50 ms" for kind in kinds))
+    ]
     for name in found[UNPROTECTED]:
-        rows.append((name, *(found[kind][name]["rate"] for kind in kinds), *(found[kind][name]["p50_ms"] for kind in kinds)))
+        rows.append(
+            (
+                name,
+                *(found[kind][name]["rate"] for kind in kinds),
+                *(found[kind][name]["p50_ms"] for kind in kinds),
+            )
+        )
     plain = found[UNPROTECTED]["all"]["rate"]
-    ratios = ", ".join(f"{kind} {found[kind]['all']['rate'] / plain:.2f}" for kind in kinds if plain and kind != UNPROTECTED)
+    ratios = ", ".join(
+        f"{kind} {found[kind]['all']['rate'] / plain:.2f}" for kind in kinds if plain and kind != UNPROTECTED
+    )
     counts = ", ".join(f"{reason} {count}" for reason, count in found["checkpoints"].items())
-    lines = [scenario_figures.table(rows), f"rate, of the unprotected guest's: {ratios}", f"checkpoints of COLO: {counts}"]
+    lines = [
+        scenario_figures.table(rows),
+        f"rate, of the unprotected guest's: {ratios}",
+        f"checkpoints of COLO: {counts}",
+    ]
     for kind, pause in ((COLO, found["pause_ms"]), *found["remus_pause_ms"].items()):
-        lines.append(f"pause per checkpoint, {kind}: p50 {pause['p50']} ms, p99 {pause['p99']} ms ({pause['count']} of them)")
+        lines.append(
+            f"pause per checkpoint, {kind}: p50 {pause['p50']} ms, p99 {pause['p99']} ms ({pause['count']} of them)"
+        )
     for interval_ms, by_tool in found["standstill_ms"].items():
         for tool, seen in by_tool.items():
-            lines.append(f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them, {seen['share']:.0%} of the time)")
+            lines.append(
+                f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them, {seen['share']:.0%} of the time)"
+            )
             stopped = seen["stopped"]
             lines.append(
                 f"domain stopped, as Xen has it, {tool} -i {interval_ms}: p50 {stopped['p50']} ms, p99 {stopped['p99']} ms "
@@ -124,9 +149,17 @@ def report(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status."""
-    parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.bench", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python3 -m remus_colo.testbed.bench", description=__doc__.partition("\n")[0]
+    )
     add = parser.add_argument
-    add("--rounds", type=int, default=2, metavar="N", help="how often both are measured (default: %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how often both are measured (default: %(default)s)",
+    )
     add("--seconds", type=float, default=30.0, metavar="S", help="length of each load (default: %(default)s)")
     add("--rate", type=float, default=0.0, metavar="R",
         help="requests per second and connection, 0 for as fast as replies come (default: %(default)s)")  # fmt: skip

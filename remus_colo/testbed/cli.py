@@ -23,14 +23,15 @@ def _add_host(command: argparse.ArgumentParser) -> None:
     command.add_argument("host", metavar="HOST", choices=tuple(HOSTS), help="primary or backup")
 
 
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python3 -m remus_colo.testbed",
         description="Two Xen hosts in QEMU, a replication link, a LAN and a client, for trying and testing remus_colo.",
     )
     top.add_argument("--bed", default="default", metavar="NAME", help="which bed (default: default)")
-    top.add_argument("--state", type=Path, metavar="DIR", help="where beds keep their state while they are up")
+    top.add_argument(
+        "--state", type=Path, metavar="DIR", help="where beds keep their state while they are up"
+    )
     top.add_argument("--verbose", action="store_true", help="show the commands that are run")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -40,14 +41,24 @@ def parser() -> argparse.ArgumentParser:
     add("setup", "install what this machine needs (Debian packages, Python packages)")
     add("python", "print the path of the Python that has what the tests need")
     up = add("up", "build what is missing and boot both hosts")
-    up.add_argument("--skew", type=float, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's")
-    up.add_argument("--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor")
+    up.add_argument(
+        "--skew", type=float, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
+    )
+    up.add_argument(
+        "--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor"
+    )
     up.add_argument("--memory", type=int, default=DEFAULT_MEMORY_MB, metavar="MB", help="memory of each host")
-    up.add_argument("--dom0-memory", type=int, default=DEFAULT_DOM0_MB, metavar="MB", help="dom0's share of it")
-    up.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto probes whether KVM can run Xen")
+    up.add_argument(
+        "--dom0-memory", type=int, default=DEFAULT_DOM0_MB, metavar="MB", help="dom0's share of it"
+    )
+    up.add_argument(
+        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto probes whether KVM can run Xen"
+    )
     add("down", "end the bed and remove all of it")
     clean = add("clean", "remove what is left of a bed that crashed")
-    clean.add_argument("--all", action="store_true", help="every bed of this state directory, running ones too")
+    clean.add_argument(
+        "--all", action="store_true", help="every bed of this state directory, running ones too"
+    )
     add("status", "show the bed").add_argument("--json", action="store_true", help="as one JSON object")
     add("skew", "measure backup's Xen time minus primary's, in seconds")
     add("sync", "install the work tree's code in the running hosts again")

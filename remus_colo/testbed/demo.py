@@ -55,7 +55,10 @@ def summary(outcome: Outcome) -> dict[str, object]:
     """The stable form of the result."""
     load = outcome.load
     return {
-        **{key: load[key] for key in ("requests", "errors", "wrong_bytes", "resets", "lost_writes", "longest_gap_ms")},
+        **{
+            key: load[key]
+            for key in ("requests", "errors", "wrong_bytes", "resets", "lost_writes", "longest_gap_ms")
+        },
         "checkpoints": outcome.checkpoints,
         "released_without_checkpoint": outcome.released_without_checkpoint,
         "failover_ms": outcome.failover_ms,
@@ -90,11 +93,17 @@ def story(outcome: Outcome) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status."""
-    parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--bed", default=f"demo-{os.getpid()}", metavar="NAME", help="name of the bed (demo-PID)")
+    parser = argparse.ArgumentParser(
+        prog="python3 -m remus_colo.testbed.demo", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--bed", default=f"demo-{os.getpid()}", metavar="NAME", help="name of the bed (demo-PID)"
+    )
     parser.add_argument("--seed", type=int, help="for the moment of the host's death")
     parser.add_argument("--keep", action="store_true", help="leave the bed up, to look around")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep all logs there, not only those of a failure")
+    parser.add_argument(
+        "--logs", type=Path, metavar="DIR", help="keep all logs there, not only those of a failure"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="          %(message)s", stream=sys.stdout)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -125,7 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _show(bed: Bed, chance: random.Random, steps: Steps, logs: Path | None) -> Outcome:
-    with steps("booting two Xen hosts in QEMU", "15 to 60 s; the first time 3 minutes more, to build their images"):
+    with steps(
+        "booting two Xen hosts in QEMU", "15 to 60 s; the first time 3 minutes more, to build their images"
+    ):
         bed.up()
     kill_after_s = chance.uniform(KILL_EARLIEST_S, KILL_LATEST_S)
     plan = Plan("primary", kill_after_s, kill_after_s + AFTERWARDS_S, load={"random_every": 5}, remus={})

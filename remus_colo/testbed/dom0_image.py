@@ -138,7 +138,9 @@ def _build_root(path: Path) -> None:
     need("mmdebstrap")
     if not KEYRING.exists():
         raise BedError(f"{KEYRING} is missing: install the package debian-archive-keyring")
-    log.info("installing Debian %s with Xen for the hosts' dom0 (about 1 to 2 minutes, 200 MB to download)", SUITE)
+    log.info(
+        "installing Debian %s with Xen for the hosts' dom0 (about 1 to 2 minutes, 200 MB to download)", SUITE
+    )
     began = time.monotonic()
     argv: list[str | Path] = ["nice", "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase",
                               "--components=main", f"--keyring={KEYRING}"]  # fmt: skip
@@ -217,7 +219,9 @@ def _initrd(root: Path) -> bytes:
     version = _modules_dir(root).name
     wanted: list[Path] = []
     for name in INITRD_MODULES:
-        shown = run(["chroot", root, "modprobe", "--set-version", version, "--show-depends", name], timeout_s=30)
+        shown = run(
+            ["chroot", root, "modprobe", "--set-version", version, "--show-depends", name], timeout_s=30
+        )
         for line in shown.stdout.splitlines():
             words = line.split()
             if words[0] == "insmod":

@@ -24,7 +24,9 @@ class CommandFailed(BedError):
 
     def __init__(self, argv: list[str], status: int, output: str) -> None:
         shown = " ".join(argv)
-        super().__init__(f"'{shown[:300]}' ended with status {status}: {output.strip()[-1500:] or 'no output'}")
+        super().__init__(
+            f"'{shown[:300]}' ended with status {status}: {output.strip()[-1500:] or 'no output'}"
+        )
         self.argv = argv
         self.status = status
         self.output = output

@@ -30,7 +30,9 @@ def mirror() -> str:
     chosen = os.environ.get("REMUS_COLO_MIRROR") or _repository("Debian")
     if chosen:
         return chosen
-    raise HostError("apt has no Debian mirror on this machine: add one to its sources, or set REMUS_COLO_MIRROR")
+    raise HostError(
+        "apt has no Debian mirror on this machine: add one to its sources, or set REMUS_COLO_MIRROR"
+    )
 
 
 def _repository(label: str) -> str | None:
@@ -109,7 +111,9 @@ class Release:
         It is not for this to judge which are needed: of what was unpacked by other means a mirror may lack parts.
         """
         try:
-            self._apt("apt-get", "source", "--download-only", "--only-source", f"{package}={version}", cwd=target)
+            self._apt(
+                "apt-get", "source", "--download-only", "--only-source", f"{package}={version}", cwd=target
+            )
         except HostError as error:
             return str(error)
         return None

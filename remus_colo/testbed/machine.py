@@ -135,7 +135,9 @@ def python_for_tests(*, install: bool) -> str:
     # A virtual environment cannot be renamed: a marker says that it is complete.
     if not (path / "complete").exists():
         if not install:
-            raise BedError(f"this Python lacks {', '.join(missing)}: run 'python3 -m remus_colo.testbed setup'")
+            raise BedError(
+                f"this Python lacks {', '.join(missing)}: run 'python3 -m remus_colo.testbed setup'"
+            )
         with cache.locked(cache.cache_dir() / "venv.lock"):
             if not (path / "complete").exists():
                 _make_venv(path, python)
@@ -173,7 +175,9 @@ def _install_qemu(release: Mapping[str, str]) -> None:
         options = ["-t", f"{release['VERSION_CODENAME']}-backports"]
     _apt_install(["qemu-system-x86"], options)
     if _installed_qemu() < QEMU_MAJOR_MIN:
-        raise BedError(f"Debian {release.get('VERSION_ID')} gave no QEMU {QEMU_MAJOR_MIN} or later: use Debian 12 or 13")
+        raise BedError(
+            f"Debian {release.get('VERSION_ID')} gave no QEMU {QEMU_MAJOR_MIN} or later: use Debian 12 or 13"
+        )
 
 
 def _installed_qemu() -> int:

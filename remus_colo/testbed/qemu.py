@@ -65,7 +65,9 @@ class HostSpec:
         """QEMU's command line; it starts stopped (``-S``), and ``cont`` powers the host on."""
         net = self.net
         host = net.host if net else "probe"
-        identity = f"testbed.host={net.host} testbed.n={net.number}" if net else "testbed.host=probe testbed.probe=1"
+        identity = (
+            f"testbed.host={net.host} testbed.n={net.number}" if net else "testbed.host=probe testbed.probe=1"
+        )
         dom0 = DOM0_ARGS.format(identity=identity, key=self.key).replace(",", ",,")
         accel = {"tcg": "tcg,thread=multi", "kvm": "kvm"}[self.accel]
         argv = [QEMU, "-name", f"testbed-{self.bed}-{host}", "-machine", "q35",
@@ -216,7 +218,9 @@ class Host:
             if not self.alive():
                 raise BedError(f"{self.name} died while it booted: {self.last_words()}")
             if time.monotonic() > deadline_s:
-                raise BedTimeout(f"{self.name} is not ready after {timeout_s:g} s; it last said: {self.last_words()}")
+                raise BedTimeout(
+                    f"{self.name} is not ready after {timeout_s:g} s; it last said: {self.last_words()}"
+                )
             time.sleep(0.1)
 
     def last_words(self) -> str:

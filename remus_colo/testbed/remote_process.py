@@ -32,7 +32,9 @@ class RemoteProcess:
         except ValueError as cause:
             self._local.kill()
             self._local.wait()
-            raise BedError(f"cannot start '{command[:200]}' on {remote.host}: the connection broke") from cause
+            raise BedError(
+                f"cannot start '{command[:200]}' on {remote.host}: the connection broke"
+            ) from cause
         self.stdin: Any = self._local.stdin
         self.stdout: Any = self._local.stdout
         self.stderr: Any = self._local.stderr

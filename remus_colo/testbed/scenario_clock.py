@@ -98,7 +98,9 @@ def leg(
     daemon.wait_event("active", ACTIVE_TIMEOUT_S)
     takeover_ms = (time.monotonic() - killed_s) * 1000
     after = read(protection, timer_ms)
-    shift = tuple(round((a - b) / 1e6, 1) for a, b in zip(after.ahead_ns, reversed(first.ahead_ns), strict=True))
+    shift = tuple(
+        round((a - b) / 1e6, 1) for a, b in zip(after.ahead_ns, reversed(first.ahead_ns), strict=True)
+    )
     mode = next(event for event in run.events if event["event"] == "mode")
     clocks = [event for event in daemon.events if event["event"] == "clock"]
     return Leg(
@@ -106,7 +108,9 @@ def leg(
         mode=str(mode["mode"]),
         why=str(mode["why"]),
         checkpoints=sum(scenario_figures.checkpoints(run.events).values()),
-        birth_ms=next(float(event["pause_ms"]) for event in run.events if event["event"] == "resumed-in-place"),
+        birth_ms=next(
+            float(event["pause_ms"]) for event in run.events if event["event"] == "resumed-in-place"
+        ),
         pauses_ms=[float(event["pause_ms"]) for event in run.events if event["event"] == "checkpoint"],
         stopped_ms=[float(event["stopped_ms"]) for event in clocks],
         takeover_ms=round(takeover_ms, 1),
@@ -136,7 +140,9 @@ def faults(told: dict[str, Any], legs: Sequence[Leg]) -> list[str]:
     """What is wrong with the clocks that the guest saw."""
     limit = limit_ms(legs)
     found = [
-        f"CLOCK_{name.upper()} went back {told['backward'][name]} times" for name in CLOCKS if told["backward"][name]
+        f"CLOCK_{name.upper()} went back {told['backward'][name]} times"
+        for name in CLOCKS
+        if told["backward"][name]
     ]
     # A guest that suspends itself counts that as sleep: its monotonic clock stands still, the others do not.
     if all(one.mode == "transparent" for one in legs):
@@ -160,12 +166,18 @@ def faults(told: dict[str, Any], legs: Sequence[Leg]) -> list[str]:
             break
         allowed_ms += one.error_ms
         if one.shift_ms[0] > allowed_ms or one.shift_ms[1] < -allowed_ms:
-            found.append(f"after {one.host} died the guest's clock was off by {one.shift_ms} ms, not {allowed_ms:.1f} at most")
+            found.append(
+                f"after {one.host} died the guest's clock was off by {one.shift_ms} ms, not {allowed_ms:.1f} at most"
+            )
     return found
 
 
 def journey(
-    protection: Protection, failovers: int, checkpoints: int, timer_ms: int, remus: dict[str, Any],
+    protection: Protection,
+    failovers: int,
+    checkpoints: int,
+    timer_ms: int,
+    remus: dict[str, Any],
     note: Callable[[str], None],
 ) -> tuple[list[Leg], dict[str, Any]]:
     """The guest's whole way; the legs of it, and what its program told at the end."""
@@ -220,7 +232,12 @@ def run(
             protection.save_logs(directory)
         for fault in wrong:
             print(f"    {fault}", flush=True)
-        found = {"kind": "clock", "legs": [dataclasses.asdict(one) for one in legs], "guest": told, "faults": wrong}
+        found = {
+            "kind": "clock",
+            "legs": [dataclasses.asdict(one) for one in legs],
+            "guest": told,
+            "faults": wrong,
+        }
         return found, not wrong
 
 
@@ -228,12 +245,15 @@ def pauses_table(pauses_ms: dict[str, list[float]]) -> str:
     """How long the guest stood still per checkpoint, by the kind of checkpoint."""
     rows: list[tuple[object, ...]] = [("pause per checkpoint", "of", "p50 ms", "p90 ms", "p99 ms")]
     for name, values in pauses_ms.items():
-        rows.append((name, len(values), *(scenario_figures.quantile(values, share) for share in (0.5, 0.9, 0.99))))
+        rows.append(
+            (name, len(values), *(scenario_figures.quantile(values, share) for share in (0.5, 0.9, 0.99)))
+        )
     return scenario_figures.table(rows)
 
 
 def report(legs: Sequence[Leg], told: dict[str, Any]) -> str:
     """For people."""
+
     def quantiles(values: list[float]) -> tuple[object, ...]:
         return tuple(scenario_figures.quantile(values, share) for share in (0.5, 0.99, 1.0))
 

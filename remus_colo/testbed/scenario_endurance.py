@@ -67,7 +67,9 @@ def run(bed: Bed, checkpoints: int, remus: dict[str, Any], directory: Path) -> t
                 for run in (primary, daemon):
                     readings[run.host].append(reading(bed, run))
                 made = sum(scenario_figures.checkpoints(primary.events).values())
-                log.info("%d checkpoints, %d requests; %s", made, requests, {h: r[-1] for h, r in readings.items()})
+                log.info(
+                    "%d checkpoints, %d requests; %s", made, requests, {h: r[-1] for h, r in readings.items()}
+                )
                 if made >= checkpoints:
                     break
             faults += [f"{host}: {growth}" for host in HOSTS for growth in growths(readings[host])]

@@ -25,7 +25,9 @@ _LINK = re.compile(r"\d+: (?P<name>[^:@]+)[:@].*?(?: master (?P<master>\S+))?(?:
 _OURS_LINK = re.compile(r"rc[ptbi][0-9a-f]{6}\.\d+")
 # The commands themselves, by whatever interpreter, and the xl that restores or saves a guest for them.
 _OURS_PROCESS = re.compile(r"(\S*python\S* )?\S*/?remusd?( |$)|(\S*/)?xl (restore|save|migrate-receive)( |$)")
-_OURS_QDISC = re.compile(r"qdisc (plug \S+ dev |(ingress|clsact) \S+ dev vif|\S+ \S+ dev rc[ptbi][0-9a-f]{6}\.)")
+_OURS_QDISC = re.compile(
+    r"qdisc (plug \S+ dev |(ingress|clsact) \S+ dev vif|\S+ \S+ dev rc[ptbi][0-9a-f]{6}\.)"
+)
 _OURS_TABLE = re.compile(r"table \S+ remus_colo_")
 
 
@@ -49,7 +51,9 @@ class HostState:
         found += [line for line in self.qdiscs if _OURS_QDISC.match(line)]
         found += [line for line in self.tables if _OURS_TABLE.match(line)]
         found += [f"process {line}" for line in self.processes]
-        found += [f"domain {name}" for name, _ in self.domains if name.endswith(("--secondary", "--incoming"))]
+        found += [
+            f"domain {name}" for name, _ in self.domains if name.endswith(("--secondary", "--incoming"))
+        ]
         return sorted(found)
 
 

@@ -43,7 +43,11 @@ class LoadRun:
                 "--json", "--progress", "--log", str(self._path / "log"), *words(options)]  # fmt: skip
         with open(self._path / "out", "wb") as out, open(self._path / "err", "wb") as err:
             self._process = bed.client_popen(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
             )
 
     def __enter__(self) -> Self:

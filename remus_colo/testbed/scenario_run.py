@@ -102,7 +102,9 @@ class Run:
                     raise BedError(f"'{self.command}' ended without the event '{name}'; {self.tail()}")
                 remaining_s = deadline_s - time.monotonic()
                 if remaining_s <= 0:
-                    raise BedTimeout(f"no event '{name}' of '{self.command}' within {timeout_s:g} s; {self.tail()}")
+                    raise BedTimeout(
+                        f"no event '{name}' of '{self.command}' within {timeout_s:g} s; {self.tail()}"
+                    )
                 self._arrived.wait(min(remaining_s, _LOOK_S))
 
     def wait(self, timeout_s: float) -> int:

@@ -35,7 +35,9 @@ BEGIN_TIMEOUT_S = 120.0
 END_TIMEOUT_S = 60.0
 
 
-def compare(protection: Protection, intervals_ms: tuple[int, ...], seconds: float) -> dict[str, dict[str, Any]]:
+def compare(
+    protection: Protection, intervals_ms: tuple[int, ...], seconds: float
+) -> dict[str, dict[str, Any]]:
     """Figures by interval and tool. Ends with a guest made anew: ``xl remus`` may leave it suspended.
 
     :raise BedError: one of them did not run.
@@ -50,7 +52,8 @@ def compare(protection: Protection, intervals_ms: tuple[int, ...], seconds: floa
                 gaps_ms[tool] = _gaps_ms(protection, seconds)
                 stops[tool] = _watch(protection, seconds)
         found[str(interval_ms)] = {
-            tool: _figures(gaps, quiet_ms, seconds) | {"stopped": _stopped(stops[tool])} for tool, gaps in gaps_ms.items()
+            tool: _figures(gaps, quiet_ms, seconds) | {"stopped": _stopped(stops[tool])}
+            for tool, gaps in gaps_ms.items()
         }
     return found
 

@@ -138,6 +138,8 @@ def _primary_faults(protection: Protection, result: Result, status: int) -> list
         faults.append(f"remus ended with status {status}, not {int(ExitStatus.UNPROTECTED)}")
     allowed_ms = HEARTBEAT_TIMEOUT_MS + BACKUP_LOSS_SLACK_MS
     if result["longest_gap_ms"] > allowed_ms:
-        faults.append(f"the guest was silent for {result['longest_gap_ms']:.0f} ms, longer than {allowed_ms} ms")
+        faults.append(
+            f"the guest was silent for {result['longest_gap_ms']:.0f} ms, longer than {allowed_ms} ms"
+        )
     faults += [f"left over: {item}" for item in protection.leftovers("primary")]
     return faults

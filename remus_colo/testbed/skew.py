@@ -83,7 +83,9 @@ class SkewMeter:
         try:
             for remote in (primary, backup):
                 command = f"python3 -c {shlex.quote(READER)}"
-                self._readers.append(RemoteProcess(remote, command, stdin=subprocess.PIPE, stderr=subprocess.PIPE))
+                self._readers.append(
+                    RemoteProcess(remote, command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+                )
         except BaseException:
             self.close()
             raise
@@ -121,7 +123,9 @@ def _read(reader: RemoteProcess) -> Reading:
         arrived_ns = time.monotonic_ns()
         if not line:
             said = reader.stderr.read().decode(errors="replace").strip().splitlines()
-            raise NoXenClock(f"cannot read the Xen clock of a host: {said[-1] if said else 'the reader ended'}")
+            raise NoXenClock(
+                f"cannot read the Xen clock of a host: {said[-1] if said else 'the reader ended'}"
+            )
         samples.append((sent_ns, int(line), arrived_ns))
     return best(samples)
 
@@ -136,7 +140,9 @@ def set_skew(meter: SkewMeter, wanted_s: float, hold: Callable[[Hold], None]) ->
         if abs(reading.offset_s - wanted_s) <= max(GOOD_ENOUGH_S, reading.error_s / 2):
             break
         step = correction(reading.offset_s, wanted_s)
-        log.debug("Xen clocks are %.6f s apart: holding %s for %.6f s", reading.offset_s, step.host, step.for_s)
+        log.debug(
+            "Xen clocks are %.6f s apart: holding %s for %.6f s", reading.offset_s, step.host, step.for_s
+        )
         hold(step)
         reading = meter.measure()
     return reading

@@ -61,7 +61,9 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
         after_s = chance.uniform(KILL_EARLIEST_S, KILL_LATEST_S)
         load = {"random_every": 5, "udp": 2}
         pv = options.guest == "pv"
-        plan = Plan(kind, after_s, after_s + AFTERWARDS_S, load, _remus_options(options), options.mode == "colo", pv)
+        plan = Plan(
+            kind, after_s, after_s + AFTERWARDS_S, load, _remus_options(options), options.mode == "colo", pv
+        )
         outcome, faults = _try(bed, options, plan, directory / f"{number}")
         rows.append(_row(number, plan, outcome))
         figures = {"number": number, "kind": kind, "kill_after_s": round(after_s, 2), "faults": faults}
@@ -84,7 +86,9 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
     return found, not failed
 
 
-def _try(bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path) -> tuple[Outcome | None, list[str]]:
+def _try(
+    bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path
+) -> tuple[Outcome | None, list[str]]:
     """One failover with both hosts booted anew."""
     fresh(bed, Options(xen=options.xen, skew_s=options.skew))
     with Protection(bed) as protection:
@@ -106,21 +110,55 @@ def _remus_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit status."""
-    parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.soak", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python3 -m remus_colo.testbed.soak", description=__doc__.partition("\n")[0]
+    )
     add = parser.add_argument
     add("-n", type=int, metavar="N", help="failovers (10, clock: 5), or checkpoints (300) for memory")
     add("--kind", choices=KINDS, default="primary", help="what happens (default: %(default)s)")
-    add("--bed", default=f"soak-{os.getpid()}", metavar="NAME", help="bed to use; made anew each time (soak-PID)")
+    add(
+        "--bed",
+        default=f"soak-{os.getpid()}",
+        metavar="NAME",
+        help="bed to use; made anew each time (soak-PID)",
+    )
     add("--seed", type=int, default=None, help="of the random moments; printed, to repeat a run")
     add("--skew", type=float, default=0.0, metavar="S", help="backup's Xen time minus primary's")
-    add("--checkpoints", type=int, default=100, metavar="N", help="all in all, for clock (default: %(default)s)")
-    add("--timer", type=int, default=10, metavar="MS", help="of the guest's watch, for clock (default: %(default)s)")
+    add(
+        "--checkpoints",
+        type=int,
+        default=100,
+        metavar="N",
+        help="all in all, for clock (default: %(default)s)",
+    )
+    add(
+        "--timer",
+        type=int,
+        default=10,
+        metavar="MS",
+        help="of the guest's watch, for clock (default: %(default)s)",
+    )
     add("--xen", default="debian", metavar="XEN", help="as for the bed's up: 'debian', 'patched' or a file")
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), help="as for remus")
-    add("--mode", choices=("colo", "remus"), default="colo", help="how the guest is protected (default: %(default)s)")
+    add(
+        "--mode",
+        choices=("colo", "remus"),
+        default="colo",
+        help="how the guest is protected (default: %(default)s)",
+    )
     add("--interval", type=int, metavar="MS", help="as for remus, without COLO")
-    add("--guest", choices=("pvh", "pv"), default="pvh", help="its kind; pv only without COLO (default: %(default)s)")
-    add("--logs", type=Path, metavar="DIR", help="where to keep the logs of what went wrong (a new directory in /tmp)")
+    add(
+        "--guest",
+        choices=("pvh", "pv"),
+        default="pvh",
+        help="its kind; pv only without COLO (default: %(default)s)",
+    )
+    add(
+        "--logs",
+        type=Path,
+        metavar="DIR",
+        help="where to keep the logs of what went wrong (a new directory in /tmp)",
+    )
     options = parser.parse_args(arguments)
     if options.mode == "remus" and options.kind in ("memory", "clock"):
         parser.error(f"--kind {options.kind} is about COLO")
@@ -132,7 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _exit_on_signal)
-    print(f"{options.n} of kind {options.kind}, seed {options.seed}; logs of what goes wrong: {directory}", flush=True)
+    print(
+        f"{options.n} of kind {options.kind}, seed {options.seed}; logs of what goes wrong: {directory}",
+        flush=True,
+    )
     try:
         machine.setup()
         bed = Bed(options.bed)
@@ -142,7 +183,9 @@ def main(arguments: list[str] | None = None) -> int:
                 found, well = scenario_endurance.run(bed, options.n, _remus_options(options), directory)
             elif options.kind == "clock":
                 fresh(bed, Options(xen=options.xen, skew_s=options.skew))
-                found, well = scenario_clock.run(bed, options.n, options.checkpoints, options.timer, _remus_options(options), directory)
+                found, well = scenario_clock.run(
+                    bed, options.n, options.checkpoints, options.timer, _remus_options(options), directory
+                )
             else:
                 found, well = failovers(bed, options, directory)
         finally:

@@ -110,9 +110,13 @@ class Remote:
         argv = self.argv(command)
         try:
             # Empty input closes the command's stdin at once, as /dev/null would.
-            done = subprocess.run(argv, input=stdin or b"", capture_output=True, timeout=timeout_s, check=False)
+            done = subprocess.run(
+                argv, input=stdin or b"", capture_output=True, timeout=timeout_s, check=False
+            )
         except subprocess.TimeoutExpired as cause:
-            raise BedTimeout(f"'{command[:300]}' on {self.host} did not end within {timeout_s:g} s") from cause
+            raise BedTimeout(
+                f"'{command[:300]}' on {self.host} did not end within {timeout_s:g} s"
+            ) from cause
         stdout, stderr = done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
         # ssh's own failures end with 255 too, but then its connection is gone.
         if done.returncode == 255 and self._control("check").returncode != 0:

@@ -87,7 +87,11 @@ def _build(source: XenSource, series: Path, target: Path) -> None:
 
 def _make(tree: Path, *targets: str) -> None:
     words = ["make", "-C", str(tree / "xen"), *MAKE_ARGUMENTS, *targets]
-    environ = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "CFLAGS", "LDFLAGS")}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MAKELEVEL", "CFLAGS", "LDFLAGS")
+    }
     # A session of its own, so that the compilers can be ended with make, and do not write into what is being removed.
     with subprocess.Popen(
         words, env=environ | ENVIRONMENT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -109,7 +113,9 @@ def _make(tree: Path, *targets: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """``make check-patches``: does every series apply to what Debian has today, and does it build?"""
     parser = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.xen_build", description=main.__doc__)
-    parser.add_argument("releases", nargs="*", metavar="RELEASE", help=f"of {', '.join(SUITES)}; all if none is named")
+    parser.add_argument(
+        "releases", nargs="*", metavar="RELEASE", help=f"of {', '.join(SUITES)}; all if none is named"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
     wrong = [name for name in options.releases if name not in SUITES]
@@ -123,7 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{release}: the hypervisor's series", flush=True)
             built = patched(release, fresh=True)
             version = xen_source.source(release).version
-            print(f"{release}: applies to xen {version} and builds: {built.stat().st_size} bytes, {built}", flush=True)
+            print(
+                f"{release}: applies to xen {version} and builds: {built.stat().st_size} bytes, {built}",
+                flush=True,
+            )
             packaging = PATCHES / release / "packaging"
             if packaging.exists():
                 machine.install_for_builds(machine.PACKAGING_PACKAGES)

@@ -54,7 +54,12 @@ def check(source: XenSource, series: Path) -> list[str]:
              f"remus_libdir=/usr/lib/{libraries}"],
             tree,
         )  # fmt: skip
-        shown = _step("import xen.remus", ["/usr/bin/python3", "-c", USE, str(root / SITE)], tree, PYTHONPATH=str(root / SITE))
+        shown = _step(
+            "import xen.remus",
+            ["/usr/bin/python3", "-c", USE, str(root / SITE)],
+            tree,
+            PYTHONPATH=str(root / SITE),
+        )
         strangers = [line for line in shown.splitlines() if not line.startswith(str(root))]
         if strangers:
             raise HostError(f"what was imported is not what was installed: {', '.join(strangers)}")
@@ -65,7 +70,9 @@ def check(source: XenSource, series: Path) -> list[str]:
         unit = root / "usr/lib/systemd/system/remusd.service"
         command = re.search(r"^ExecStart=(\S+)", unit.read_text(), re.MULTILINE) if unit.exists() else None
         if command is None or not (root / command[1].lstrip("/")).exists():
-            raise HostError(f"remusd.service starts {command[1] if command else 'nothing'}, which was not installed")
+            raise HostError(
+                f"remusd.service starts {command[1] if command else 'nothing'}, which was not installed"
+            )
         return [
             f"applied to xen {source.version}: {', '.join(applied)}",
             f"its step built and installed remus_colo ({files} files of this checkout as the component {COMPONENT})",

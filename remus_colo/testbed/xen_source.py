@@ -127,7 +127,9 @@ def _fetch_newest(release: str) -> SourceRecord:
     apt.update()
     candidates = records(apt.show_source(PACKAGE))
     if not candidates:
-        raise HostError(f"apt found no source package {PACKAGE} of Debian {suite}: name another mirror in REMUS_COLO_MIRROR")
+        raise HostError(
+            f"apt found no source package {PACKAGE} of Debian {suite}: name another mirror in REMUS_COLO_MIRROR"
+        )
     failures = []
     for record in candidates:
         try:
@@ -161,10 +163,22 @@ def apply_series(tree: Path, patches: Path) -> list[str]:
         name = line.partition("#")[0].strip()
         if not name:
             continue
-        words = ["patch", "--quiet", "--batch", "--forward", "--fuzz=0", "--strip=1", "--no-backup-if-mismatch"]
+        words = [
+            "patch",
+            "--quiet",
+            "--batch",
+            "--forward",
+            "--fuzz=0",
+            "--strip=1",
+            "--no-backup-if-mismatch",
+        ]
         with open(patches / name, "rb") as patch:
-            done = subprocess.run(words, cwd=tree, stdin=patch, capture_output=True, text=True, timeout=120, check=False)
+            done = subprocess.run(
+                words, cwd=tree, stdin=patch, capture_output=True, text=True, timeout=120, check=False
+            )
         if done.returncode != 0:
-            raise HostError(f"{patches / name} does not apply to {tree.name}: {(done.stdout + done.stderr).strip()}")
+            raise HostError(
+                f"{patches / name} does not apply to {tree.name}: {(done.stdout + done.stderr).strip()}"
+            )
         applied.append(name)
     return applied

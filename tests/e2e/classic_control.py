@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Run in a dom0: a control program of the classic interface alone, that protects a domain until SIGTERM.
 
-    classic_control.py DOMAIN HOST INTERVAL_MS
+classic_control.py DOMAIN HOST INTERVAL_MS
 """
 
 import signal

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Run in a dom0: save a domain to a file by xen.xend.XendCheckpoint, and make it anew from that.
 
-    classic_save.py DOMAIN FILE
+classic_save.py DOMAIN FILE
 """
 
 import os

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Run in a dom0: a script as people wrote them for Xen 4.4's Remus, of nothing but its interface.
 
-    classic_script.py DOMAIN ROUNDS
+classic_script.py DOMAIN ROUNDS
 """
 
 import json
@@ -56,7 +56,17 @@ def main(name, rounds):
     finally:
         for nic in nics:
             nic.uninstall()
-    print(json.dumps({"domain": dom.name, "nics": len(nics), "rounds": len(times), "calls": watcher.calls, "times": times}))
+    print(
+        json.dumps(
+            {
+                "domain": dom.name,
+                "nics": len(nics),
+                "rounds": len(times),
+                "calls": watcher.calls,
+                "times": times,
+            }
+        )
+    )
 
 
 main(sys.argv[1], int(sys.argv[2]))

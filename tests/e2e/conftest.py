@@ -45,7 +45,9 @@ def why_not() -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(item.path).parent == Path(__file__).parent]
     places = [index for index, item in enumerate(items) if item in here]
-    here.sort(key=lambda item: ORDER.index(Path(item.path).stem) if Path(item.path).stem in ORDER else len(ORDER))
+    here.sort(
+        key=lambda item: ORDER.index(Path(item.path).stem) if Path(item.path).stem in ORDER else len(ORDER)
+    )
     for place, item in zip(places, here, strict=True):
         items[place] = item
 
@@ -75,7 +77,12 @@ class BedKeeper:
         self.in_order = False
 
     def protection(self, skew_s: float) -> Protection:
-        if self._keep and not self.in_order and self.bed.network.exists() and self.bed.options().skew_s == skew_s:
+        if (
+            self._keep
+            and not self.in_order
+            and self.bed.network.exists()
+            and self.bed.options().skew_s == skew_s
+        ):
             self._take_over()
         if not self.in_order or skew_s != self._skew_s:
             self.in_order = False

@@ -18,7 +18,9 @@ NOBODY = 65534
 ABSENT = "10.78.0.77"
 
 
-def refused(protection: Protection, arguments: str, *, prefix: str = "", host: str = "primary") -> tuple[int, str]:
+def refused(
+    protection: Protection, arguments: str, *, prefix: str = "", host: str = "primary"
+) -> tuple[int, str]:
     """Exit status and sentence of a ``remus`` that is to fail; the host must be as it was."""
     before = protection.state(host)
     done = protection.bed.exec(host, f"{prefix}remus {arguments}", check=False)
@@ -122,7 +124,9 @@ def test_second_daemon(protection: Protection) -> None:
 def no_plug(protection: Protection) -> Iterator[None]:
     """Both hosts' kernels lack sch_plug."""
     for host in HOSTS:
-        protection.bed.exec(host, "modprobe -r sch_plug && echo install sch_plug /bin/false > /etc/modprobe.d/test.conf")
+        protection.bed.exec(
+            host, "modprobe -r sch_plug && echo install sch_plug /bin/false > /etc/modprobe.d/test.conf"
+        )
     yield
     for host in HOSTS:
         protection.bed.exec(host, "rm /etc/modprobe.d/test.conf && modprobe sch_plug")

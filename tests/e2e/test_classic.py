@@ -34,7 +34,9 @@ def test_a_script_of_the_classic_interface(protection: Protection) -> None:
     protection.ensure_guest()
     before = protection.state("primary")
     protection.bed.push("primary", SCRIPT, "/root/classic_script.py")
-    done = protection.bed.exec("primary", f"python3 /root/classic_script.py {GUEST} 5", SCRIPT_TIMEOUT_S, check=False)
+    done = protection.bed.exec(
+        "primary", f"python3 /root/classic_script.py {GUEST} 5", SCRIPT_TIMEOUT_S, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["rounds"] == 5
@@ -57,7 +59,10 @@ def control_script(protection: Protection, rounds: int) -> Iterator[RemoteProces
     """The guest is protected by a script, which has had so many checkpoints committed."""
     bed = protection.bed
     bed.push("primary", CONTROL_SCRIPT, CONTROL)
-    bed.exec("primary", f"echo '(remus-colo (heartbeat-timeout {HEARTBEAT_TIMEOUT_MS}))' > {CONTROL_CONFIG}; : > {CONTROL_LOG}")
+    bed.exec(
+        "primary",
+        f"echo '(remus-colo (heartbeat-timeout {HEARTBEAT_TIMEOUT_MS}))' > {CONTROL_CONFIG}; : > {CONTROL_LOG}",
+    )
     command = f"env XEND_CONFIG={CONTROL_CONFIG} python3 {CONTROL} {GUEST} 10.78.0.2 200"
     with bed.popen("primary", f"{command} > {CONTROL_LOG} 2>&1") as script:
         wanted = f"until grep -qx 'committed {rounds}' {CONTROL_LOG}; do kill -0 {script.pid} && sleep 0.2 || exit 1; done"
@@ -130,6 +135,8 @@ def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -
     if GUEST in protection.domains("primary"):
         protection.bed.exec("primary", f"xl destroy {GUEST}")
     after_s = chance.uniform(8, 12)
-    plan = Plan("primary", after_s, after_s + PV_AFTERWARDS_S, LOAD | {"rate": 1, "churn": 0}, {}, colo=False, pv=True)
+    plan = Plan(
+        "primary", after_s, after_s + PV_AFTERWARDS_S, LOAD | {"rate": 1, "churn": 0}, {}, colo=False, pv=True
+    )
     outcome = scenario_trial.run(protection, plan)
     assert outcome.faults == []

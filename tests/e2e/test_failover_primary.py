@@ -27,4 +27,6 @@ def test_the_guest_survives_its_host(protection: Protection, chance: random.Rand
     assert protection.daemon.stop() == 0
     assert len(protection.http_get("/1k")) == 1_000
     # What is left is the guest's own xl, which waits for its end as it does for any guest.
-    assert [item for item in protection.leftovers("backup") if not item.startswith("process xl restore")] == []
+    assert [
+        item for item in protection.leftovers("backup") if not item.startswith("process xl restore")
+    ] == []

@@ -53,7 +53,8 @@ def configured(protection: Protection) -> Iterator[Protection]:
         for name in ("ca.crt", "host.crt", "host.key"):
             protection.bed.push(host, FILES / name, f"/tmp/test-{name}")
         protection.bed.exec(
-            host, f"printf %s {shlex.quote(TEXT)} > {CONFIG}; printf %s {shlex.quote(KNOCK)} > /tmp/test-knock.py"
+            host,
+            f"printf %s {shlex.quote(TEXT)} > {CONFIG}; printf %s {shlex.quote(KNOCK)} > /tmp/test-knock.py",
         )
     yield protection
     protection.close()
@@ -103,7 +104,9 @@ def test_what_the_other_host_does_not_take(
 ) -> None:
     configured.ensure_guest()
     configured.start_daemon(config=CONFIG)
-    done = configured.bed.exec("primary", f"remus --colo --config {CONFIG} {options} {GUEST} backup", check=False)
+    done = configured.bed.exec(
+        "primary", f"remus --colo --config {CONFIG} {options} {GUEST} backup", check=False
+    )
     assert (done.returncode, said in done.stderr) == (status, True), done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -112,15 +115,21 @@ def test_a_configuration_that_cannot_be_meant(configured: Protection) -> None:
     configured.bed.exec("backup", f"printf '(xend-relocation-port 8002)\\n (x' > {CONFIG}")
     done = configured.bed.exec("backup", f"remusd --foreground --config {CONFIG}", check=False)
     assert done.returncode == ExitStatus.USAGE
-    assert done.stderr == f"remusd: error: {CONFIG} line 2 column 2: unexpected end: this list is not closed\n"
+    assert (
+        done.stderr == f"remusd: error: {CONFIG} line 2 column 2: unexpected end: this list is not closed\n"
+    )
 
 
 def test_into_the_background_and_back(protection: Protection) -> None:
     """The classic way: the command ends when the port is open, and SIGTERM ends the service."""
     pid_file = "/tmp/test-remusd.pid"
-    protection.bed.exec("backup", f"remusd --address 10.78.0.2 --pid-file {pid_file} --log-file /tmp/test-remusd.log")
+    protection.bed.exec(
+        "backup", f"remusd --address 10.78.0.2 --pid-file {pid_file} --log-file /tmp/test-remusd.log"
+    )
     try:
-        protection.bed.exec("backup", "python3 -c \"import socket; socket.create_connection(('10.78.0.2', 8002), 5)\"")
+        protection.bed.exec(
+            "backup", "python3 -c \"import socket; socket.create_connection(('10.78.0.2', 8002), 5)\""
+        )
         again = protection.bed.exec("backup", "remusd --address 10.78.0.2", check=False)
         assert (again.returncode, "another remusd" in again.stderr) == (ExitStatus.HOST, True), again.stderr
     finally:

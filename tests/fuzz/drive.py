@@ -29,7 +29,7 @@ class Bytes:
         return self._at < len(self._data)
 
     def take(self, count: int) -> bytes:
-        part = self._data[self._at:self._at + count]
+        part = self._data[self._at : self._at + count]
         self._at += count
         return part + bytes(count - len(part))
 
@@ -44,7 +44,17 @@ def ipv4(source: Bytes, protocol: int, body: bytes) -> bytes:
     flags = source.byte()
     fragment = (0, 0x2000, 1, 0x2001, 0x4000, source.short())[flags % 6]
     options = bytes(4 * (flags >> 6))
-    head = struct.pack(">BBHHHBBH", 0x45 + (flags >> 6), 0, 20 + len(options) + len(body), flags >> 4 & 3, fragment, 64, protocol, 0)
+    head = struct.pack(
+        ">BBHHHBBH",
+        0x45 + (flags >> 6),
+        0,
+        20 + len(options) + len(body),
+        flags >> 4 & 3,
+        fragment,
+        64,
+        protocol,
+        0,
+    )
     return head + b"\x0a\0\0\1" + ((b"\xe0\0\0\1") if flags == 255 else b"\x0a\0\0\2") + options + body
 
 
@@ -60,7 +70,7 @@ def ipv6(source: Bytes, protocol: int, body: bytes) -> bytes:
 
 def transport(source: Bytes) -> tuple[int, bytes]:
     kind = source.byte()
-    data = (b"abcdefgh" * 8)[source.byte() % 8:][:source.byte() % 48]
+    data = (b"abcdefgh" * 8)[source.byte() % 8 :][: source.byte() % 48]
     if kind & 1:
         data = source.take(len(data))
     if kind < 150:
@@ -93,7 +103,7 @@ def packet(source: Bytes, last: bytes) -> tuple[bytes, int]:
     if how > 240:
         made, ethertype = bytes([0, how & 3]) + ethertype.to_bytes(2, "big") + made, 0x8100
     if 224 < how <= 240:
-        made = made[:source.byte()]
+        made = made[: source.byte()]
     return made, ethertype
 
 

@@ -24,7 +24,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DCOLO_SANITIZED")
+SANITIZERS = (
+    "-O1",
+    "-g",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-DCOLO_SANITIZED",
+)
 COVERAGE = "-fsanitize-coverage=trace-pc,trace-cmp"
 
 
@@ -56,7 +62,9 @@ def use(path: Path) -> None:
 
 def sanitized(options: argparse.Namespace) -> int:
     """Run this program again with the sanitizers' library in front of everything else."""
-    library = subprocess.run(["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    library = subprocess.run(
+        ["cc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="remus-fuzz-") as scratch:
         module = build(Path(scratch))
         environ = os.environ | {

@@ -25,10 +25,46 @@ from remus_colo.relocation.wire import HEADER, HEADER_BYTES, MAGIC, VERSION, pac
 
 # JSON has no infinity, but a number too large for a float reads as one.
 ODD_VALUES = (
-    *("null", "true", "-1", "0", "1", "0.5", "1e999", "-1e999", "1e-300", str(2**31), str(2**64), "1" * 400, '""', '"x"'),
-    *('"' + "y" * 3000 + '"', '"\\u0000"', '"\\ud800"', "[]", "[[]]", "{}", '{"a":1}', "[" * 500 + "]" * 500, "NaN", ""),
+    *(
+        "null",
+        "true",
+        "-1",
+        "0",
+        "1",
+        "0.5",
+        "1e999",
+        "-1e999",
+        "1e-300",
+        str(2**31),
+        str(2**64),
+        "1" * 400,
+        '""',
+        '"x"',
+    ),
+    *(
+        '"' + "y" * 3000 + '"',
+        '"\\u0000"',
+        '"\\ud800"',
+        "[]",
+        "[[]]",
+        "{}",
+        '{"a":1}',
+        "[" * 500 + "]" * 500,
+        "NaN",
+        "",
+    ),
 )
-OPENINGS = (b"colo\n", b"colo\n", b"colo\n", b"(colo)\n", b"receive\n", b"", b"COLO\n", b"colo", b"\x16\x03\x01\x02\x00\x01")
+OPENINGS = (
+    b"colo\n",
+    b"colo\n",
+    b"colo\n",
+    b"(colo)\n",
+    b"receive\n",
+    b"",
+    b"COLO\n",
+    b"colo",
+    b"\x16\x03\x01\x02\x00\x01",
+)
 CONTROL, DATA = 0, 1
 # How long to wait for an answer that would come if nothing had gone wrong before.
 ANSWER_S = 0.2
@@ -59,7 +95,11 @@ class Attack:
 
 
 def frame(kind: MessageType, generation: int, epoch: int, payload: Any) -> bytes:
-    data = json.dumps(payload).encode() if isinstance(payload, dict) else b"".join(bytes(part) for part in payload)
+    data = (
+        json.dumps(payload).encode()
+        if isinstance(payload, dict)
+        else b"".join(bytes(part) for part in payload)
+    )
     return pack_header(kind, generation, epoch, len(data)) + data
 
 
@@ -83,7 +123,9 @@ def conversation(chance: random.Random, generation: int) -> list[Piece]:
         beat = {"sequence": epoch, "seen": 0, "sent_ns": 0, "state": "protected"}
         said.append(Piece(CONTROL, frame(MessageType.HEARTBEAT, generation, 0, beat)))
         said.append(Piece(CONTROL, message(MessageType.PREPARE, epoch), MessageType.DIRTY))
-        said += [Piece(DATA, frame(kind, generation, epoch, payload)) for kind, payload in checkpoint_frames(1)]
+        said += [
+            Piece(DATA, frame(kind, generation, epoch, payload)) for kind, payload in checkpoint_frames(1)
+        ]
         said[-1] = replace(said[-1], answer=MessageType.RESUMED)
     end = chance.choice([MessageType.STOP, MessageType.BYE, MessageType.ABORT])
     said.append(Piece(CONTROL, message(end, **({} if end is MessageType.BYE else {"reason": "done"}))))
@@ -112,7 +154,13 @@ def _odd_field(chance: random.Random, piece: bytes) -> bytes:
         places: list[tuple[Any, Any]] = []
 
         def walk(value: Any) -> None:
-            items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            items = (
+                value.items()
+                if isinstance(value, dict)
+                else enumerate(value)
+                if isinstance(value, list)
+                else ()
+            )
             for key, item in items:
                 places.append((value, key))
                 walk(item)
@@ -131,14 +179,21 @@ def _odd_field(chance: random.Random, piece: bytes) -> bytes:
 
 def _rubbish_frame(chance: random.Random, generation: int) -> bytes:
     kind = chance.choice(list(MessageType))
-    length = chance.choice([0, 1, 8, 100, SCHEMAS[kind].limit_bytes, SCHEMAS[kind].limit_bytes + 1, 2**32 - 1])
+    length = chance.choice(
+        [0, 1, 8, 100, SCHEMAS[kind].limit_bytes, SCHEMAS[kind].limit_bytes + 1, 2**32 - 1]
+    )
     payload = chance.randbytes(min(length, chance.choice([0, 5, 300, 20_000])))
-    return HEADER.pack(MAGIC, VERSION, kind, 0, generation, chance.choice([0, 1, 2, 2**64 - 1]), length) + payload
+    return (
+        HEADER.pack(MAGIC, VERSION, kind, 0, generation, chance.choice([0, 1, 2, 2**64 - 1]), length)
+        + payload
+    )
 
 
 def attack(chance: random.Random, generation: int) -> Attack:
     """One of all kinds."""
-    made = Attack(conversation(chance, generation), secure=chance.random() < 0.15, reset=chance.random() < 0.3)
+    made = Attack(
+        conversation(chance, generation), secure=chance.random() < 0.15, reset=chance.random() < 0.3
+    )
     pieces = made.pieces
     made.good = len(pieces)
     for _ in range(chance.choice([0, 1, 1, 1, 2, 5])):

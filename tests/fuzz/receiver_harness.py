@@ -218,7 +218,9 @@ class Healthy:
 
     def _open(self, kind: str) -> Channel:
         deadline_s = time.monotonic() + PATIENCE_S
-        channel = Channel.connect("127.0.0.1", self._receiver.port, deadline_s=deadline_s, generation=self.GENERATION)
+        channel = Channel.connect(
+            "127.0.0.1", self._receiver.port, deadline_s=deadline_s, generation=self.GENERATION
+        )
         channel.send_control(MessageType.HELLO, 0, {"versions": [1], "host": "h", "channel": kind})
         assert channel.recv(deadline_s).type is MessageType.HELLO
         return channel
@@ -229,7 +231,9 @@ class Healthy:
             sequence += 1
             with contextlib.suppress(PeerLost):  # whoever waits for an answer notices
                 self.control.send_control(
-                    MessageType.HEARTBEAT, 0, {"sequence": sequence, "seen": 0, "sent_ns": 0, "state": "protected"}
+                    MessageType.HEARTBEAT,
+                    0,
+                    {"sequence": sequence, "seen": 0, "sent_ns": 0, "state": "protected"},
                 )
 
     def _expect(self, kind: MessageType) -> Message:

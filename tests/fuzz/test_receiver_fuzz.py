@@ -39,7 +39,8 @@ def test_attacks_one_at_a_time(attacked: tuple[Receiver, Healthy], round_: int) 
         # all that is left is the healthy protection's own
         eventually(lambda: receiver.server.threads() == 1, f"a connection's thread did not end: seed {seed}")
         eventually(
-            lambda: (descriptors(), threading.active_count()) == before, f"something was left behind: seed {seed}"
+            lambda: (descriptors(), threading.active_count()) == before,
+            f"something was left behind: seed {seed}",
         )
         assert receiver.server.admission.taken() == 0, f"seed {seed}"
         assert receiver.failures.found == [], f"seed {seed}"

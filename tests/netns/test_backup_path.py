@@ -160,7 +160,9 @@ def test_a_spoilt_segment_stays_so(net: Network, path: Path, server: socket.sock
 
 
 @pytest.fixture
-def outage(net: Network, path: Path, server: socket.socket, links: Links) -> tuple[Client, socket.socket, int]:
+def outage(
+    net: Network, path: Path, server: socket.socket, links: Links
+) -> tuple[Client, socket.socket, int]:
     """The primary has died: the SVM hears nobody, and nobody hears it."""
     client, connection, first = connected(net, path, server)
     path.vif.expect_outage(["lan0"])

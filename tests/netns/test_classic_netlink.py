@@ -59,7 +59,11 @@ def test_qdiscs_come_with_what_the_kernel_says_of_them(rth: netlink.rtnl) -> Non
     run("tc", "qdisc", "add", "dev", "own1", "root", "handle", "6:", "pfifo", "limit", "7")
     found, other = rth.getqdisc(OWN), rth.getqdisc(socket.if_nametoindex("own1"))
     assert found is not None and other is not None
-    assert (found["kind"], found["handle"], found["index"]) == ("pfifo_fast", 0x50000, socket.if_nametoindex(OWN))
+    assert (found["kind"], found["handle"], found["index"]) == (
+        "pfifo_fast",
+        0x50000,
+        socket.if_nametoindex(OWN),
+    )
     prio = qdisc.Qdisc(found)
     assert isinstance(prio, qdisc.PrioQdisc)
     assert (prio.handle, prio.bands, len(prio.priomap)) == (5, 3, 16)
@@ -91,7 +95,9 @@ def test_a_plug_comes_and_goes_by_messages(rth: netlink.rtnl, plug_support: None
 
 
 @pytest.fixture
-def vif(links: Links, plug_support: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ClassicVif]:
+def vif(
+    links: Links, plug_support: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ClassicVif]:
     try:
         ifb.create(links, "probe0")
     except HostError as error:

@@ -47,7 +47,9 @@ LATE_S = 60.0  # later than any test ends
 
 
 class Bench:
-    def __init__(self, net: Network, rules: QueueRules, size: QueueSize = DEFAULT_SIZE, timeout_s: float = LATE_S) -> None:
+    def __init__(
+        self, net: Network, rules: QueueRules, size: QueueSize = DEFAULT_SIZE, timeout_s: float = LATE_S
+    ) -> None:
         self.requests: list[CheckpointRequest] = []
         self.loop = Loop()
         self.client, self.guest = net.socket("client"), net.socket("guest")
@@ -231,7 +233,9 @@ def test_the_tunnel_goes(bench: Bench, links: Links, svm: RawLink) -> None:
     bench.output.secondary_resumed()
 
 
-def test_a_full_queue_is_counted_and_asks_for_a_checkpoint(net: Network, rules: QueueRules, svm: RawLink) -> None:
+def test_a_full_queue_is_counted_and_asks_for_a_checkpoint(
+    net: Network, rules: QueueRules, svm: RawLink
+) -> None:
     bench = Bench(net, rules, QueueSize(packets=5))
     bench.checkpoint()
     bench.say(*[b"%d" % number for number in range(8)])
@@ -270,7 +274,8 @@ def test_what_is_lost_of_the_svm_is_counted(bench: Bench, svm: RawLink) -> None:
     counters = bench.output.counters()
     assert counters["secondary_lost"] > 0
     bench.run_until(
-        lambda: sum(bench.output.counters()[name] for name in ("secondary_seen", "secondary_lost")) == 20000, "the rest"
+        lambda: sum(bench.output.counters()[name] for name in ("secondary_seen", "secondary_lost")) == 20000,
+        "the rest",
     )
 
 
@@ -296,7 +301,9 @@ def test_the_same_on_another_vlan(
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize("mtu", [1500, 9000])
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
-def test_bulk_leaves_as_the_copy_comes(net: Network, rules: QueueRules, family: int, mtu: int, split: bool) -> None:
+def test_bulk_leaves_as_the_copy_comes(
+    net: Network, rules: QueueRules, family: int, mtu: int, split: bool
+) -> None:
     """Superpackets of 64 kB, their copies as such or as segments with checksums: no checkpoint is needed."""
     set_mtu(net, mtu)
     with net.inside("guest"):

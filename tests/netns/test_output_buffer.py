@@ -63,7 +63,9 @@ def say(net: Network) -> Callable[[int], list[bytes]]:
 
 
 @pytest.fixture(params=["ours", "classic"])
-def nic(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckpointedDevice]:
+def nic(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CheckpointedDevice]:
     """The device that ``remus`` uses, and the one for scripts."""
     if request.param == "ours":
         made: CheckpointedDevice = BufferedVif(VIF, IFB)

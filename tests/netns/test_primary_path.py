@@ -74,7 +74,7 @@ class Bench:
         udp = PORT.to_bytes(2, "big") * 2 + length.to_bytes(2, "big") + b"\0\0" + text
         ip = bytes([0x45, 0, *(20 + length).to_bytes(2, "big"), 0, 0, 0, 0, 64, socket.IPPROTO_UDP, 0, 0])
         ip += socket.inet_aton(GUEST_IP) + socket.inet_aton(CLIENT_IP)
-        self.svm.send(bytes.fromhex("020000000001" "020000000002" "0800") + ip + udp)
+        self.svm.send(bytes.fromhex("0200000000010200000000020800") + ip + udp)
 
 
 @pytest.fixture

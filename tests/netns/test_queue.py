@@ -381,7 +381,9 @@ def test_two_owners_side_by_side(
     held.queue.close()
 
 
-def test_the_first_owner_leaves_first(net: Network, rules: QueueRules, client: socket.socket, guest: socket.socket) -> None:
+def test_the_first_owner_leaves_first(
+    net: Network, rules: QueueRules, client: socket.socket, guest: socket.socket
+) -> None:
     """What it switched on in the kernel stays on while others need it."""
     first = QueueRules("test_first")
     first.hold_from_guest("vif8.0", TO)

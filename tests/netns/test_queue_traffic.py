@@ -122,7 +122,9 @@ def tcp_transfer(net: Network, family: int, text: bytes, pump: Callable[[], obje
 
 @pytest.mark.parametrize("mtu", [1500, 9000])
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
-def test_superpackets_are_whole_and_leave_split(passing: Passing, net: Network, family: int, mtu: int) -> None:
+def test_superpackets_are_whole_and_leave_split(
+    passing: Passing, net: Network, family: int, mtu: int
+) -> None:
     """With offload, the guest's stack hands down up to 64 kB without checksum; the client's link has no offload."""
     set_mtu(net, mtu)
     if family == socket.AF_INET6:
@@ -134,7 +136,9 @@ def test_superpackets_are_whole_and_leave_split(passing: Passing, net: Network, 
     # How long they grow is up to TCP's pacing; longer than any frame is what counts.
     assert max(len(packet) for packet in passing.packets) > 2 * 1500
     version = 4 if family == socket.AF_INET else 6
-    segments = [f[14:] for f in pending(wire) if f[12:14] in (b"\x08\x00", b"\x86\xdd") and f[14] >> 4 == version]
+    segments = [
+        f[14:] for f in pending(wire) if f[12:14] in (b"\x08\x00", b"\x86\xdd") and f[14] >> 4 == version
+    ]
     protocol = 9 if version == 4 else 6
     segments = [segment for segment in segments if segment[protocol] == socket.IPPROTO_TCP]
     assert mtu - 100 < max(len(segment) for segment in segments) <= mtu
@@ -148,7 +152,9 @@ def test_a_changed_superpacket(rules: QueueRules, net: Network) -> None:
 
     def change(packet: bytes) -> bytes:
         header = 20 + (packet[32] >> 4) * 4
-        return with_checksums(packet[:header] + packet[header:].swapcase()) if len(packet) > header else packet
+        return (
+            with_checksums(packet[:header] + packet[header:].swapcase()) if len(packet) > header else packet
+        )
 
     passing = Passing(FROM, change)
     wire = net.sniffer("client", "c0")

@@ -32,7 +32,9 @@ def checksum(data: bytes) -> int:
     return 0xFFFF - total
 
 
-def build(to_guest: bool, flags: int, seq: int, ack: int, payload: bytes = b"", options: bytes = b"") -> bytes:
+def build(
+    to_guest: bool, flags: int, seq: int, ack: int, payload: bytes = b"", options: bytes = b""
+) -> bytes:
     source, target, ports = (CLIENT, GUEST, (40000, 80)) if to_guest else (GUEST, CLIENT, (80, 40000))
     if Family.v6:
         source, target = source * 4, target * 4

@@ -23,7 +23,9 @@ exchanges = st.lists(st.tuples(st.integers(0, HOUR_NS), delays, delays, delays),
 
 
 @given(offsets, exchanges)
-def test_the_estimate_is_right_to_within_its_error(offset_ns: int, made: list[tuple[int, int, int, int]]) -> None:
+def test_the_estimate_is_right_to_within_its_error(
+    offset_ns: int, made: list[tuple[int, int, int, int]]
+) -> None:
     clock_filter = ClockFilter()
     samples = [exchange(offset_ns, *each) for each in sorted(made)]
     for sample in samples:

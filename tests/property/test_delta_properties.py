@@ -30,7 +30,11 @@ def checkpoint(pages: list[tuple[int, bytes, int]], extra: bytes) -> bytes:
             continue
         entries.append(pfn)
         contents.append((bytes(offset) + data + bytes(libxc.PAGE_SIZE))[: libxc.PAGE_SIZE])
-    body = libxc.PAGE_DATA_PREFIX.pack(len(entries), 0) + struct.pack(f"<{len(entries)}Q", *entries) + b"".join(contents)
+    body = (
+        libxc.PAGE_DATA_PREFIX.pack(len(entries), 0)
+        + struct.pack(f"<{len(entries)}Q", *entries)
+        + b"".join(contents)
+    )
     return record(libxc.PAGE_DATA, body) + record(3, extra) + record(libxc.CHECKPOINT, b"")
 
 
@@ -38,7 +42,9 @@ def record(kind: int, body: bytes) -> bytes:
     return libxc.RECORD.pack(kind, len(body)) + body + bytes(-len(body) % libxc.ALIGNMENT)
 
 
-@given(st.lists(st.tuples(PAGES, st.binary(max_size=30)), max_size=5), st.integers(1, 4), st.integers(1, 5000))
+@given(
+    st.lists(st.tuples(PAGES, st.binary(max_size=30)), max_size=5), st.integers(1, 4), st.integers(1, 5000)
+)
 def test_a_series_of_checkpoints_comes_back(
     series: list[tuple[list[tuple[int, bytes, int]], bytes]], limit_pages: int, piece: int
 ) -> None:
@@ -136,7 +142,10 @@ def replay(streams: list[bytes]) -> tuple[dict[int, tuple[int, bytes]], list[byt
 
 
 GUESTS = st.lists(
-    st.tuples(st.lists(st.integers(0, 3), min_size=7, max_size=7), st.lists(st.sampled_from([0, 1, 0xF]), min_size=7, max_size=7)),
+    st.tuples(
+        st.lists(st.integers(0, 3), min_size=7, max_size=7),
+        st.lists(st.sampled_from([0, 1, 0xF]), min_size=7, max_size=7),
+    ),
     min_size=1,
     max_size=4,
 )

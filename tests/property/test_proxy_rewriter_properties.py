@@ -45,7 +45,9 @@ class Protected(RuleBasedStateMachine):
         self.svm_in: list[bytes] = []
         self.pvm_out: list[Sent] = []
         self.svm_out: list[Sent] = []  # not yet at the rewriter
-        self.agreed: dict[int, tuple[int, int]] = {}  # client's ISN: what the SVM's output covers, data and ACK
+        self.agreed: dict[
+            int, tuple[int, int]
+        ] = {}  # client's ISN: what the SVM's output covers, data and ACK
         self.old: list[bytes] = []
         self.lost_sync = False
         self.mirrored: set[int] = set()  # client's ISNs whose SYN came to the rewriter
@@ -248,7 +250,9 @@ def mapped(pvm_isn: int, svm_isn: int, client_isn: int) -> Rewriter:
 
 @pytest.mark.usefixtures("family")
 @SHARED
-@given(numbers, numbers, numbers, st.binary(max_size=99), st.binary(max_size=30), st.integers(0, 3), st.data())
+@given(
+    numbers, numbers, numbers, st.binary(max_size=99), st.binary(max_size=30), st.integers(0, 3), st.data()
+)
 def test_checksums_and_sack_blocks(
     pvm_isn: int, svm_isn: int, client_isn: int, payload: bytes, other: bytes, lead: int, data: st.DataObject
 ) -> None:
@@ -305,13 +309,19 @@ def test_random_bytes_never_raise(steps: list[tuple[int, bytes, int]]) -> None:
     for now_s, (kind, data, flags) in enumerate(steps):
         packet = data
         if kind in template:  # the known flow, with a random TCP header behind the ports
-            packet = template[kind][:start + 4] + data
+            packet = template[kind][: start + 4] + data
         elif kind == 3:  # an ICMP error
             icmp, error = (58, 1) if Family.v6 else (1, 3)
-            packet = template[1][:protocol] + bytes((icmp,)) + template[1][protocol + 1:start] + bytes((error, 4)) + data
+            packet = (
+                template[1][:protocol]
+                + bytes((icmp,))
+                + template[1][protocol + 1 : start]
+                + bytes((error, 4))
+                + data
+            )
         elif kind == 4:
             at = start + 12
-            packet = template[2][:at] + bytes((data[0] if data else 0, flags)) + template[2][at + 2:] + data
+            packet = template[2][:at] + bytes((data[0] if data else 0, flags)) + template[2][at + 2 :] + data
         for result in (rewriter.to_guest(now_s, packet), rewriter.from_guest(now_s, packet)):
             assert result is None or len(result) in (0, len(packet))
         rewriter.take_held()

@@ -47,10 +47,17 @@ def parse(data: bytes) -> tuple[int, object]:
     payload=st.binary(max_size=200),
     tci=st.none() | st.integers(0, 0xFFFF),
     more=st.none() | st.integers(1, 70000),
-    others=st.lists(st.tuples(st.sampled_from([3, 5, 6, 7, 8, 9, 14, 20, 21]), st.binary(max_size=40)), max_size=4),
+    others=st.lists(
+        st.tuples(st.sampled_from([3, 5, 6, 7, 8, 9, 14, 20, 21]), st.binary(max_size=40)), max_size=4
+    ),
 )
 def test_all_that_is_told_is_found(
-    packet_id: int, ethertype: int, payload: bytes, tci: int | None, more: int | None, others: list[tuple[int, bytes]]
+    packet_id: int,
+    ethertype: int,
+    payload: bytes,
+    tci: int | None,
+    more: int | None,
+    others: list[tuple[int, bytes]],
 ) -> None:
     parts = [attribute(kind, value) for kind, value in others]
     parts.append(attribute(PACKET_HDR, struct.pack("!IHB", packet_id, ethertype, 0)))

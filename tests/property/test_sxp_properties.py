@@ -22,7 +22,9 @@ expressions: st.SearchStrategy[Any] = st.recursive(
 )
 # octets of which a good part is close to being an expression
 near = st.lists(
-    st.sampled_from([b"(", b")", b"'", b'"', b"\\", b"x4", b"\\x41", b"\\777", b"#", b"\n", b" ", b"a", b"\xc3", b"\x04"])
+    st.sampled_from(
+        [b"(", b")", b"'", b'"', b"\\", b"x4", b"\\x41", b"\\777", b"#", b"\n", b" ", b"a", b"\xc3", b"\x04"]
+    )
     | st.binary(max_size=3),
     max_size=25,
 ).map(b"".join)
@@ -84,7 +86,9 @@ def test_places_are_within_the_text(data: bytes) -> None:
 
 @given(near, st.integers(1, 30), st.integers(1, 4))
 def test_limits_hold(data: bytes, limit_bytes: int, max_depth: int) -> None:
-    values, _, _ = read(sxp.Parser(limit_bytes=limit_bytes, max_depth=max_depth), [bytes([octet]) for octet in data])
+    values, _, _ = read(
+        sxp.Parser(limit_bytes=limit_bytes, max_depth=max_depth), [bytes([octet]) for octet in data]
+    )
 
     def depth(value: Any) -> int:
         return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
@@ -102,9 +106,14 @@ def leaves(value: Any) -> list[str]:
 # -- configuration -------------------------------------------------------------------------------------------
 
 keys = st.sampled_from([*XEND_KEYS, *COLO_KEYS, GROUP, "dom0-cpus", "nonsense"])
-values = st.sampled_from(["yes", "no", "0", "1", "8002", "99999", "", "auto", "[", "DEBUG", "/a/b", "a b"]) | texts
+values = (
+    st.sampled_from(["yes", "no", "0", "1", "8002", "99999", "", "auto", "[", "DEBUG", "/a/b", "a b"]) | texts
+)
 settings = st.lists(
-    st.tuples(keys, values).map(list) | st.tuples(keys).map(list) | st.tuples(keys, values, values).map(list) | expressions,
+    st.tuples(keys, values).map(list)
+    | st.tuples(keys).map(list)
+    | st.tuples(keys, values, values).map(list)
+    | expressions,
     max_size=5,
 )
 

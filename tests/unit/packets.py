@@ -13,8 +13,16 @@ IPV4, IPV6, VLAN = 0x0800, 0x86DD, 0x8100
 HOLD: tuple[tuple[int, ...], Reason | None] = ((), None)
 
 
-def ipv4(protocol: int, body: bytes, ident: int = 0, fragment: int = 0, ttl: int = 64, tos: int = 0,
-         options: bytes = b"", to: bytes = b"\x0a\0\0\2") -> bytes:
+def ipv4(
+    protocol: int,
+    body: bytes,
+    ident: int = 0,
+    fragment: int = 0,
+    ttl: int = 64,
+    tos: int = 0,
+    options: bytes = b"",
+    to: bytes = b"\x0a\0\0\2",
+) -> bytes:
     head = struct.pack(">BBHHHBBH", 0x45 + len(options) // 4, tos, 20 + len(options) + len(body), ident, fragment, ttl,
                        protocol, ident)  # fmt: skip
     return head + b"\x0a\0\0\1" + to + options + body
@@ -24,14 +32,35 @@ def ipv6(header: int, body: bytes, hops: int = 64, label: int = 0, to: bytes = b
     return struct.pack(">IHBB", 6 << 28 | label, len(body), header, hops) + bytes(15) + b"\1" + to + body
 
 
-def tcp_body(seq: int, ack: int, flags: int = ACK, data: bytes = b"", port: int = 4000, window: int = 9,
-             options: bytes = b"", urgent: int = 0) -> bytes:
+def tcp_body(
+    seq: int,
+    ack: int,
+    flags: int = ACK,
+    data: bytes = b"",
+    port: int = 4000,
+    window: int = 9,
+    options: bytes = b"",
+    urgent: int = 0,
+) -> bytes:
     offset = (5 + len(options) // 4) << 4
-    return struct.pack(">HHIIBBHHH", 80, port, seq & MASK, ack & MASK, offset, flags, window, 0, urgent) + options + data
+    return (
+        struct.pack(">HHIIBBHHH", 80, port, seq & MASK, ack & MASK, offset, flags, window, 0, urgent)
+        + options
+        + data
+    )
 
 
-def tcp(seq: int, ack: int, flags: int = ACK, data: bytes = b"", port: int = 4000, window: int = 9, options: bytes = b"",
-        urgent: int = 0, **header: int) -> bytes:
+def tcp(
+    seq: int,
+    ack: int,
+    flags: int = ACK,
+    data: bytes = b"",
+    port: int = 4000,
+    window: int = 9,
+    options: bytes = b"",
+    urgent: int = 0,
+    **header: int,
+) -> bytes:
     return ipv4(6, tcp_body(seq, ack, flags, data, port, window, options, urgent), **header)
 
 
@@ -69,7 +98,9 @@ class Bench:
 
     def p(self, packet: bytes, ethertype: int = 0, **more: int) -> tuple[tuple[int, ...], Reason | None]:
         self.count += 1
-        return self._out(self.comparator.primary(self.now_s, self.count, packet, ethertype or self.ethertype, **more))
+        return self._out(
+            self.comparator.primary(self.now_s, self.count, packet, ethertype or self.ethertype, **more)
+        )
 
     def s(self, packet: bytes, ethertype: int = 0, **more: int) -> tuple[tuple[int, ...], Reason | None]:
         return self._out(self.comparator.secondary(self.now_s, packet, ethertype or self.ethertype, **more))

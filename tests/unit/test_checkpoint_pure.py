@@ -26,8 +26,13 @@ class TestMode:
         assert "Xen clock" in choice.why
 
     def test_a_later_backup_suits_a_tsc_clock(self) -> None:
-        assert choose("auto", offset_ns=10**10, two_level_events=True, tsc_clock=True).mode is Mode.TRANSPARENT
-        assert choose("auto", offset_ns=-(10**10), two_level_events=True, tsc_clock=True).mode is Mode.COOPERATIVE
+        assert (
+            choose("auto", offset_ns=10**10, two_level_events=True, tsc_clock=True).mode is Mode.TRANSPARENT
+        )
+        assert (
+            choose("auto", offset_ns=-(10**10), two_level_events=True, tsc_clock=True).mode
+            is Mode.COOPERATIVE
+        )
 
     @pytest.mark.parametrize("offset_ns", [-600 * 10**9, -MAX_BEHIND_NS - 1, 0, 600 * 10**9])
     def test_a_backup_that_can_set_the_clock_suits_any_guest(self, offset_ns: int) -> None:
@@ -35,10 +40,15 @@ class TestMode:
             choice = choose(requested, offset_ns=offset_ns, two_level_events=True, settable_clock=True)
             assert choice.mode is Mode.TRANSPARENT
             assert f"{offset_ns / 1e9:+.3f} s" in choice.why
-        assert choose("cooperative", offset_ns=0, two_level_events=True, settable_clock=True).mode is Mode.COOPERATIVE
+        assert (
+            choose("cooperative", offset_ns=0, two_level_events=True, settable_clock=True).mode
+            is Mode.COOPERATIVE
+        )
 
     def test_a_settable_clock_does_not_help_fifo_events(self) -> None:
-        assert choose("auto", offset_ns=0, two_level_events=False, settable_clock=True).mode is Mode.COOPERATIVE
+        assert (
+            choose("auto", offset_ns=0, two_level_events=False, settable_clock=True).mode is Mode.COOPERATIVE
+        )
 
     def test_fifo_events_are_cooperative_or_refused_with_the_remedy(self) -> None:
         assert choose("auto", offset_ns=0, two_level_events=False).mode is Mode.COOPERATIVE

@@ -39,7 +39,10 @@ def snapshot() -> pvm.Snapshot:
         grants=b"g" * 4096,
         context=b"c" * 5000,
         ring_nodes={0: {"tx-ring-ref": "768"}},
-        event_channels=[EventChannel(3, EvtchnKind.VIRQ, 0, 0), EventChannel(8, EvtchnKind.INTERDOMAIN, 0, 31)],
+        event_channels=[
+            EventChannel(3, EvtchnKind.VIRQ, 0, 0),
+            EventChannel(8, EvtchnKind.INTERDOMAIN, 0, 31),
+        ],
         shared_info_gfn=16,
         xen_time_ns=123,
         zero_gfns=(0x5000).to_bytes(8, "little"),
@@ -72,7 +75,11 @@ def test_arrives_whole() -> None:
     assert received.epoch == 7
     assert b"".join(bytes(run.gfns) for run in received.pages) == bytes(sent.gfns[: PAGES * 8])
     assert b"".join(bytes(run.pages) for run in received.pages) == bytes(sent.pages[: PAGES * 4096])
-    assert (received.zero_gfns, received.grants, received.context) == (sent.zero_gfns, sent.grants, sent.context)
+    assert (received.zero_gfns, received.grants, received.context) == (
+        sent.zero_gfns,
+        sent.grants,
+        sent.context,
+    )
     assert received.hashes == sent.hashes
     assert received.ring_nodes == sent.ring_nodes
     assert received.event_channels == sent.event_channels

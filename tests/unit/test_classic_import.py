@@ -22,7 +22,9 @@ assert xen.lowlevel.marker.WHOSE == xen.migration.marker.WHOSE == "the distribut
 assert xen.lowlevel.marker is sys.modules["xen.lowlevel.marker"]
 print(profile.__file__, checkpoint.__file__, sep="\\n")
 """
-OUR_FILES = [REPOSITORY / "remus_colo/classic/xen" / name for name in ("remus/profile.py", "lowlevel/checkpoint.py")]
+OUR_FILES = [
+    REPOSITORY / "remus_colo/classic/xen" / name for name in ("remus/profile.py", "lowlevel/checkpoint.py")
+]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def distribution(tmp_path: Path) -> Path:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("")
     for package in ("lowlevel", "migration"):
-        (tmp_path / "xen" / package / "marker.py").write_text("WHOSE = \"the distribution's\"\n")
+        (tmp_path / "xen" / package / "marker.py").write_text('WHOSE = "the distribution\'s"\n')
     return tmp_path
 
 

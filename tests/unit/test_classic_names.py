@@ -35,7 +35,10 @@ def table() -> dict[str, set[str]]:
     """What is between double back-quotes in docs/classic.rst, by heading."""
     text = (REPOSITORY / "docs/classic.rst").read_text()
     parts = re.split(r"\n([^\n]+)\n-{5,}\n", text)
-    return {heading: set(re.findall(r"``([^`]+)``", body)) for heading, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {
+        heading: set(re.findall(r"``([^`]+)``", body))
+        for heading, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def mentioned(module: str) -> set[str]:
@@ -60,7 +63,11 @@ def find(module: Any, name: str) -> tuple[bool, Any]:
         return True, getattr(kind, attribute)
     if any(f"get_{getter}" == attribute for getter, *_ in getattr(module, "_GETTERS", ())):
         return True, None
-    sources = [inspect.getsource(base) for base in kind.__mro__ if base.__module__.startswith(("xen.", "remus_colo."))]
+    sources = [
+        inspect.getsource(base)
+        for base in kind.__mro__
+        if base.__module__.startswith(("xen.", "remus_colo."))
+    ]
     return any(re.search(rf"\bself\.{attribute}\b.*=", source) for source in sources), None
 
 
@@ -85,10 +92,14 @@ def test_every_name_is_there_or_said_to_be_gone(module: str) -> None:
         if not named and (not there or "." not in name):
             missing.append(name)
     # what goes with a class that is gone need not be named
-    assert [name for name in missing if name.partition(".")[0] == name or hasattr(found, name.partition(".")[0])] == []
+    assert [
+        name for name in missing if name.partition(".")[0] == name or hasattr(found, name.partition(".")[0])
+    ] == []
 
 
-@pytest.mark.parametrize("entry", [entry for entry in NAMES if entry[2] is not None], ids=lambda entry: ".".join(entry[:2]))
+@pytest.mark.parametrize(
+    "entry", [entry for entry in NAMES if entry[2] is not None], ids=lambda entry: ".".join(entry[:2])
+)
 def test_every_parameter_is_there(entry: tuple[str, str, str]) -> None:
     module, name, parameters = entry
     try:
@@ -106,4 +117,7 @@ def test_every_parameter_is_there(entry: tuple[str, str, str]) -> None:
         assert not old.endswith("=") or new.default is not new.empty
     count = len(list(filter(None, parameters.split(", "))))
     assert len(ours) >= count
-    assert all(new.default is not new.empty or new.kind in (new.VAR_POSITIONAL, new.VAR_KEYWORD) for new in ours[count:])
+    assert all(
+        new.default is not new.empty or new.kind in (new.VAR_POSITIONAL, new.VAR_KEYWORD)
+        for new in ours[count:]
+    )

@@ -90,7 +90,10 @@ def test_a_file_that_cannot_be_meant_is_refused(options: Callable[[str], XendOpt
 
 
 def test_every_key_of_xends_has_its_method(options: Callable[[str], XendOptions.XendOptions]) -> None:
-    asked = {key for _, key, _, _ in XendOptions._GETTERS} | {"enable-dom0-ballooning", "total_available_memory"}
+    asked = {key for _, key, _, _ in XendOptions._GETTERS} | {
+        "enable-dom0-ballooning",
+        "total_available_memory",
+    }
     assert asked | {"logfile", "loglevel"} == set(config_keys.XEND_KEYS) | config_keys.OTHER_XEND_KEYS
     example = XendOptions.XendOptions(str(EXAMPLE))
     for name in dir(example):
@@ -108,8 +111,39 @@ def test_sxp_is_ours() -> None:
     assert sxp.to_string(domain) == "(domain (name web) (vif 'a b'))"
     # what xend's module offered
     for name in (
-        *("mime_type", "ParseError", "Parser", "atomp", "show", "show_xml", "elementp", "name", "attributes", "attribute"),
-        *("children", "child", "child_at", "child0", "child1", "child2", "child3", "child4", "child_value", "has_id"),
-        *("with_id", "child_with_id", "elements", "merge", "to_string", "from_string", "all_from_string", "parse"),
+        *(
+            "mime_type",
+            "ParseError",
+            "Parser",
+            "atomp",
+            "show",
+            "show_xml",
+            "elementp",
+            "name",
+            "attributes",
+            "attribute",
+        ),
+        *(
+            "children",
+            "child",
+            "child_at",
+            "child0",
+            "child1",
+            "child2",
+            "child3",
+            "child4",
+            "child_value",
+            "has_id",
+        ),
+        *(
+            "with_id",
+            "child_with_id",
+            "elements",
+            "merge",
+            "to_string",
+            "from_string",
+            "all_from_string",
+            "parse",
+        ),
     ):
         assert hasattr(sxp, name)

@@ -120,7 +120,10 @@ def test_classic_options_without_a_meaning_for_colo_are_noted() -> None:
         ("--colo -i soon web", "--interval: invalid milliseconds value: 'soon'"),
         ("--colo --checkpoint fast web", "--checkpoint: invalid choice: 'fast'"),
         ("--colo --compare-timeout 0 web", "--compare-timeout must be at least 1 ms"),
-        ("--colo --limits bytes=5 web", "--limits: there is no limit 'bytes': give held-bytes, held-packets, flows,"),
+        (
+            "--colo --limits bytes=5 web",
+            "--limits: there is no limit 'bytes': give held-bytes, held-packets, flows,",
+        ),
         ("--colo --limits flows=0 web", "--limits: flows must be a whole number from 1, got '0'"),
         ("--colo --limits flows web", "--limits: flows must be a whole number from 1, got ''"),
         ("--colo --heartbeat-interval 0 web", "--heartbeat-interval must be at least 1 ms"),

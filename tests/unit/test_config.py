@@ -82,7 +82,9 @@ def test_a_file_without_a_directory_is_beside_the_configuration() -> None:
 
 
 def test_groups_add_up_and_the_first_of_a_key_counts() -> None:
-    found = config.read("(remus-colo (period 1))\n(logfile /a)\n(remus-colo (period 2) (verify 3))\n(logfile /b)", SOURCE)
+    found = config.read(
+        "(remus-colo (period 1))\n(logfile /a)\n(remus-colo (period 2) (verify 3))\n(logfile /b)", SOURCE
+    )
     assert (found.ours("period"), found.ours("verify"), found["logfile"]) == (1, 3, Path("/a"))
     assert found.notes == (
         f"{SOURCE} line 4: logfile is set in line 2 already, and that one counts",
@@ -102,7 +104,10 @@ def test_the_bridge_may_come_from_xends_scripts() -> None:
     [
         ("(dom0-cpus 0) (xen-api-server ((unix)))", None),
         ("\n(frobnicate 1)", "line 2: nobody knows the key frobnicate"),
-        ("(xend-relocation-prot 1)", "line 1: nobody knows the key xend-relocation-prot; is xend-relocation-port meant?"),
+        (
+            "(xend-relocation-prot 1)",
+            "line 1: nobody knows the key xend-relocation-prot; is xend-relocation-port meant?",
+        ),
         ("(period 5)", "line 1: nobody knows the key period; it belongs into the group (remus-colo ...)"),
         ("(remus-colo (perriod 5))", "line 1: nobody knows the key perriod; is period meant?"),
         ("logfile", "'logfile' stands alone and says nothing: write (key value)"),
@@ -129,22 +134,40 @@ def test_what_is_told(text: str, note: str | None) -> None:
         ("(a)\n (b))", "line 2 column 5: syntax error: ) without a ("),
         ("\n()", "line 2: a list begins with the name of a key"),
         ("((a))", "line 1: a list begins with the name of a key"),
-        ("(xend-relocation-port 80x2)", "line 1: xend-relocation-port cannot be 80x2: a port from 1 to 65535 is allowed"),
+        (
+            "(xend-relocation-port 80x2)",
+            "line 1: xend-relocation-port cannot be 80x2: a port from 1 to 65535 is allowed",
+        ),
         ("(xend-relocation-port 0)", "xend-relocation-port cannot be 0:"),
         ("(xend-relocation-port ' 1')", "xend-relocation-port cannot be ' 1':"),
         ("(xend-relocation-ssl maybe)", "xend-relocation-ssl cannot be maybe: yes or no is allowed"),
-        ("(xend-relocation-ssl (yes))", "xend-relocation-ssl cannot be (yes): yes or no is allowed, and no list"),
-        ("(loglevel loud)", "loglevel cannot be loud: one of TRACE, DEBUG, INFO, WARNING, WARN, ERROR, CRITICAL, FATAL is allowed"),
+        (
+            "(xend-relocation-ssl (yes))",
+            "xend-relocation-ssl cannot be (yes): yes or no is allowed, and no list",
+        ),
+        (
+            "(loglevel loud)",
+            "loglevel cannot be loud: one of TRACE, DEBUG, INFO, WARNING, WARN, ERROR, CRITICAL, FATAL is allowed",
+        ),
         ("(logfile xend.log)", "logfile cannot be xend.log: a path that begins with / is allowed"),
         (
             "(xend-relocation-hosts-allow 'a [')",
             "xend-relocation-hosts-allow cannot be 'a [': it is no regular expression: unterminated character set at position 0",
         ),
-        ("(remus-colo\n (checkpoint fast))", "line 2: checkpoint cannot be fast: transparent, cooperative or auto is allowed"),
-        ("(remus-colo (unknown-primary die))", "unknown-primary cannot be die: stand-down or take-over is allowed"),
+        (
+            "(remus-colo\n (checkpoint fast))",
+            "line 2: checkpoint cannot be fast: transparent, cooperative or auto is allowed",
+        ),
+        (
+            "(remus-colo (unknown-primary die))",
+            "unknown-primary cannot be die: stand-down or take-over is allowed",
+        ),
         ("(remus-colo (period -1))", "period cannot be -1: a whole number of milliseconds is allowed"),
         ("(remus-colo (half-open-limit 0))", "half-open-limit cannot be 0: a whole number from 1 is allowed"),
-        ("(remus-colo (fence \"it's\"))", "fence cannot be \"it's\": a command, quoted as in a shell is allowed"),
+        (
+            '(remus-colo (fence "it\'s"))',
+            'fence cannot be "it\'s": a command, quoted as in a shell is allowed',
+        ),
         ("(remus-colo (heartbeat-interval 0))", "heartbeat-interval cannot be 0:"),
         (
             "(remus-colo (heartbeat-interval 500)\n(heartbeat-timeout 1000))",
@@ -186,7 +209,9 @@ def test_remus_takes_from_the_file_what_is_not_given(written: Written) -> None:
     assert (options.compare_timeout_s, options.period_s, options.heartbeat_interval_s) == (0.5, None, 0.1)
     assert (options.heartbeat_timeout_s, options.compression, options.verify_every) == (0.4, False, 7)
     assert (options.fence, options.notes) == (("/f", "a b"), ())
-    line = "--port 1 --checkpoint auto --period 3 --heartbeat-timeout 9000 --compression --verify 0 --fence /g"
+    line = (
+        "--port 1 --checkpoint auto --period 3 --heartbeat-timeout 9000 --compression --verify 0 --fence /g"
+    )
     options = cli.parse([*base, *line.split()])
     assert (options.port, options.checkpoint, options.period_s) == (1, CheckpointChoice.AUTO, 0.003)
     assert (options.heartbeat_timeout_s, options.compression, options.verify_every) == (9.0, True, 0)
@@ -206,7 +231,9 @@ def test_xend_relocation_ssl_is_the_senders(written: Written) -> None:
 
 def test_the_file_and_the_command_line_must_fit_each_other(written: Written) -> None:
     path = written("(remus-colo (heartbeat-timeout 300))")
-    with pytest.raises(ConfigError, match="--heartbeat-timeout must be at least 3 times --heartbeat-interval"):
+    with pytest.raises(
+        ConfigError, match="--heartbeat-timeout must be at least 3 times --heartbeat-interval"
+    ):
         cli.parse(["--colo", "--config", path, "web"])
     cli.parse(["--colo", "--config", path, "--heartbeat-interval", "100", "web"])
 
@@ -220,11 +247,19 @@ def test_remusd_takes_from_the_file_what_is_not_given(written: Written) -> None:
     assert (options.address, options.port, options.half_open_limit) == ("eth1", 9000, 3)
     assert options.hosts_allow == (re.compile("^a$"), re.compile("^b$"))
     assert (options.log_file, options.log_level, options.log) == (Path("/l"), logging.DEBUG, Path("/e"))
-    assert (options.bridge, options.unknown_primary, options.fence) == ("br0", UnknownPolicy.TAKE_OVER, ("/f",))
+    assert (options.bridge, options.unknown_primary, options.fence) == (
+        "br0",
+        UnknownPolicy.TAKE_OVER,
+        ("/f",),
+    )
     line = "-a :: -p 1 --half-open-limit 4 --bridge br1 --unknown-primary stand-down --log /f --log-file /m --fence /g"
     options = daemon_options.parse(["--config", path, *line.split(), "--hosts-allow", ""])
     assert (options.address, options.port, options.half_open_limit, options.hosts_allow) == ("::", 1, 4, ())
-    assert (options.bridge, options.unknown_primary, options.fence) == ("br1", UnknownPolicy.STAND_DOWN, ("/g",))
+    assert (options.bridge, options.unknown_primary, options.fence) == (
+        "br1",
+        UnknownPolicy.STAND_DOWN,
+        ("/g",),
+    )
     assert (options.log, options.log_file) == (Path("/f"), Path("/m"))
 
 
@@ -246,7 +281,9 @@ FILES = TlsFiles(Path("/etc/xen/c"), Path("/etc/xen/k"), None)
         ("", "--ssl --ssl-key-file /etc/xen/k --ssl-cert-file /etc/xen/c", None, FILES),
     ],
 )
-def test_with_tls_and_without(text: str, line: str, port: int | None, tls: TlsFiles | None, written: Written) -> None:
+def test_with_tls_and_without(
+    text: str, line: str, port: int | None, tls: TlsFiles | None, written: Written
+) -> None:
     options = daemon_options.parse(["--config", written(text), *line.split()])
     assert (options.port, options.tls) == (port, tls)
 
@@ -255,7 +292,11 @@ def test_with_tls_and_without(text: str, line: str, port: int | None, tls: TlsFi
     ("text", "line", "said"),
     [
         ("(xend-relocation-server no)", "", "there is nothing to listen at"),
-        ("(xend-relocation-ssl-server yes)", "", "give --ssl-key-file, or set xend-relocation-server-ssl-key-file"),
+        (
+            "(xend-relocation-ssl-server yes)",
+            "",
+            "give --ssl-key-file, or set xend-relocation-server-ssl-key-file",
+        ),
         (TLS, "--plain -p 8003", "port 8003 cannot be served both with TLS and without"),
         ("", "--half-open-limit 0", "--half-open-limit must be at least 1"),
     ],
@@ -289,5 +330,8 @@ ROW = re.compile(r"^``(?P<key>[a-z-]+)`` +(?P<use>remus|remusd|both) +(?P<defaul
 
 def test_the_documents_have_every_key_with_its_default_and_use() -> None:
     text = (REPOSITORY / "docs" / "configuration.rst").read_text()
-    rows = {row["key"]: (row["use"], "" if row["default"] == "-" else row["default"].strip("`")) for row in ROW.finditer(text)}
+    rows = {
+        row["key"]: (row["use"], "" if row["default"] == "-" else row["default"].strip("`"))
+        for row in ROW.finditer(text)
+    }
     assert rows == {name: (str(key.use), key.default) for name, key in (XEND_KEYS | COLO_KEYS).items()}

@@ -92,7 +92,9 @@ def test_a_stop_is_a_gap_and_loses_no_expiration(program: tuple[subprocess.Popen
     assert told["miscounted"] == 0 and told["backward"]["monotonic"] == 0
 
 
-@pytest.mark.parametrize(("asked", "period_ms"), [(b"25", 25), (b"0", 10), (b"-4", 10), (b"1000", 10), (b"x", 10)])
+@pytest.mark.parametrize(
+    ("asked", "period_ms"), [(b"25", 25), (b"0", 10), (b"-4", 10), (b"1000", 10), (b"x", 10)]
+)
 def test_the_first_request_chooses_the_timer(
     program: tuple[subprocess.Popen[bytes], Path], asked: bytes, period_ms: int
 ) -> None:

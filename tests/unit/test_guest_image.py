@@ -74,14 +74,18 @@ ADDRESS_LINES = re.compile(r"^address=.*?^done$", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    ("cmdline", "address"), [("quiet a=b", "10.77.0.10"), ("guest.address=10.77.0.11 console=hvc0 quiet * a", "10.77.0.11")]
+    ("cmdline", "address"),
+    [("quiet a=b", "10.77.0.10"), ("guest.address=10.77.0.11 console=hvc0 quiet * a", "10.77.0.11")],
 )
 def test_the_guest_takes_the_address_that_it_is_given(tmp_path: Path, cmdline: str, address: str) -> None:
     (tmp_path / "cmdline").write_text(cmdline + "\n")
     found = ADDRESS_LINES.search(guest_root.source("init").decode())
     assert found is not None
     script = found[0].replace("/proc/cmdline", str(tmp_path / "cmdline")) + '\necho "$address"'
-    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout == f"{address}\n"
+    assert (
+        subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+        == f"{address}\n"
+    )
 
 
 # -- the cache
@@ -173,7 +177,10 @@ def test_the_mirror_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_root_serves_what_the_load_asks_for() -> None:
-    nodes = {node.path: node for node in guest_root.own_files({"guest_services": b"program"}, {"xen-netfront": b"module"})}
+    nodes = {
+        node.path: node
+        for node in guest_root.own_files({"guest_services": b"program"}, {"xen-netfront": b"module"})
+    }
     for name, size in load_content.SIZES.items():
         assert nodes[f"srv/www/{name}"].data == load_content.content(name, size)
         assert len(nodes[f"srv/www/{name}"].data) == size
@@ -185,7 +192,9 @@ def test_the_root_serves_what_the_load_asks_for() -> None:
 
 
 def test_every_command_of_init_is_in_the_root() -> None:
-    nodes = {node.path for node in guest_root.own_files({"guest_services": b"", "guest_clock": b""}, {})} | set(guest_root._PROGRAMS.values())
+    nodes = {
+        node.path for node in guest_root.own_files({"guest_services": b"", "guest_clock": b""}, {})
+    } | set(guest_root._PROGRAMS.values())
     script = guest_root.source("init").decode()
     used = re.findall(
         r"^\s*(?:until |if |while |\( ?)*(mount|mkdir|hostname|sysctl|insmod|sleep|ip|grep|setsid|sh|touch|chown)\b",

@@ -78,7 +78,9 @@ def test_the_form_of_the_queue_is_chosen_by_the_environment(monkeypatch: pytest.
     monkeypatch.setenv(ENVIRONMENT, "netfilterqueue")
     assert Form.chosen() is Form.NETFILTERQUEUE
     monkeypatch.setenv(ENVIRONMENT, "fast")
-    with pytest.raises(ConfigError, match="REMUS_COLO_QUEUE=fast is not known: set it to native or netfilterqueue"):
+    with pytest.raises(
+        ConfigError, match="REMUS_COLO_QUEUE=fast is not known: set it to native or netfilterqueue"
+    ):
         open_queue(7, lambda *_: None, 1)
 
 

@@ -19,9 +19,13 @@ def tcp(seq: int, flags: int, data: bytes) -> bytes:
     return struct.pack("!HHIIBBHHH", 1234, 80, seq, 0, 5 << 4, flags, 1000, 0, 0) + data
 
 
-def ipv4(payload: bytes, *, options: bytes = b"", protocol: int = socket.IPPROTO_TCP, fragment: int = 0) -> bytes:
+def ipv4(
+    payload: bytes, *, options: bytes = b"", protocol: int = socket.IPPROTO_TCP, fragment: int = 0
+) -> bytes:
     header = 20 + len(options)
-    first = struct.pack("!BBHHHBBH", 0x40 | header // 4, 0, header + len(payload), 7, fragment, 64, protocol, 0)
+    first = struct.pack(
+        "!BBHHHBBH", 0x40 | header // 4, 0, header + len(payload), 7, fragment, 64, protocol, 0
+    )
     return first + bytes((10, 0, 0, 1, 10, 0, 0, 2)) + options + payload
 
 
@@ -29,7 +33,9 @@ def ipv6(payload: bytes, *, next_header: int = socket.IPPROTO_TCP) -> bytes:
     return struct.pack("!IHBB", 6 << 28, len(payload), next_header, 64) + bytes(range(32)) + payload
 
 
-@pytest.mark.parametrize("packet", [ipv4(tcp(1, ACK, b"x")), ipv4(tcp(1, ACK, b"x"), options=bytes(8)), ipv6(tcp(1, ACK, b"x"))])
+@pytest.mark.parametrize(
+    "packet", [ipv4(tcp(1, ACK, b"x")), ipv4(tcp(1, ACK, b"x"), options=bytes(8)), ipv6(tcp(1, ACK, b"x"))]
+)
 def test_a_segment_without_its_padding(packet: bytes) -> None:
     segment = Segment.parse(packet + bytes(6))
     assert segment is not None

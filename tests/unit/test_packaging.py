@@ -74,7 +74,9 @@ def test_so_it_does_in_an_editable_installation(source: Path) -> None:
     try:
         import wheel  # noqa: F401
     except ImportError:
-        pytest.importorskip("setuptools.command.bdist_wheel", reason="wheel is not installed (Debian: python3-wheel)")
+        pytest.importorskip(
+            "setuptools.command.bdist_wheel", reason="wheel is not installed (Debian: python3-wheel)"
+        )
     done = run_setup(source, "off", "editable_wheel", "--dist-dir", "editable")
     assert done.returncode == 0, done.stderr
     (made,) = (source / "editable").glob("*.whl")
@@ -138,6 +140,8 @@ def test_the_change_log_begins_with_this_version() -> None:
 def test_every_source_file_names_its_licence() -> None:
     sources = [*PACKAGE.rglob("*.py"), *(REPOSITORY / "tests").rglob("*.py"), *PACKAGE.rglob("*.[ch]")]
     unnamed = [
-        path for path in sources if path.name not in ("_xen.c", "_compare.c") and SPDX not in path.read_text().partition("\n")[0]
+        path
+        for path in sources
+        if path.name not in ("_xen.c", "_compare.c") and SPDX not in path.read_text().partition("\n")[0]
     ]
     assert unnamed == []

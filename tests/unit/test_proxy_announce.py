@@ -30,15 +30,13 @@ def ipv6(source: str, hop_limit: int = 64, icmp: bytes = b"") -> bytes:
 
 def test_gratuitous_arp_request() -> None:
     assert announce.gratuitous_arp(MAC, V4).hex() == (
-        "ffffffffffff" "00163e010203" "0806"
-        "0001" "0800" "06" "04" "0001" "00163e010203" "c0000250" "000000000000" "c0000250" + "00" * 18
+        "ffffffffffff00163e0102030806000108000604000100163e010203c0000250000000000000c0000250" + "00" * 18
     )
 
 
 def test_gratuitous_arp_reply() -> None:
     assert announce.gratuitous_arp(MAC, V4, reply=True).hex() == (
-        "ffffffffffff" "00163e010203" "0806"
-        "0001" "0800" "06" "04" "0002" "00163e010203" "c0000250" "00163e010203" "c0000250" + "00" * 18
+        "ffffffffffff00163e0102030806000108000604000200163e010203c000025000163e010203c0000250" + "00" * 18
     )
 
 
@@ -62,8 +60,8 @@ def test_who_answers_a_probe() -> None:
 
 def test_neighbour_advertisement() -> None:
     frame = announce.neighbour_advertisement(MAC, V6)
-    assert frame[:14].hex() == "333300000001" "00163e010203" "86dd"
-    assert frame[14:22].hex() == "60000000" "0020" "3a" "ff"
+    assert frame[:14].hex() == "33330000000100163e01020386dd"
+    assert frame[14:22].hex() == "6000000000203aff"
     assert frame[22:54] == V6.packed + IPv6Address("ff02::1").packed
     assert frame[54:56].hex() == "8800"
     assert frame[58:62].hex() == "20000000"
@@ -91,7 +89,7 @@ def test_announcements() -> None:
 
 def test_without_addresses_switches_are_told() -> None:
     (frame,) = announcements(MAC, [])
-    assert frame[:14].hex() == "ffffffffffff" "00163e010203" "8035"
+    assert frame[:14].hex() == "ffffffffffff00163e0102038035"
     assert parse_arp(frame[14:]) == Arp(3, MAC, announce.ANY_IPV4, MAC, announce.ANY_IPV4)
 
 

@@ -55,7 +55,9 @@ def segment(
     if Family.v6 and (ip_options or fragment != 0x4000):
         pytest.skip("about a field of IPv4")
     client, guest = (CLIENT6, GUEST6) if Family.v6 else (CLIENT, GUEST)
-    source, target, sport, dport = (client, guest, cport, GPORT) if to_guest else (guest, client, GPORT, cport)
+    source, target, sport, dport = (
+        (client, guest, cport, GPORT) if to_guest else (guest, client, GPORT, cport)
+    )
     options += b"\0" * (-len(options) % 4)
     tcp = struct.pack(
         "!HHIIBBHHH", sport, dport, seq % M, ack % M, (20 + len(options)) // 4 << 4, flags, 1000, 0, 0
@@ -82,7 +84,9 @@ def timestamps(value: int, echo: int) -> bytes:
     return b"\x01\x01\x08\x0a" + struct.pack("!II", value, echo)
 
 
-def handshake(rw: Rewriter, pvm_isn: int = PVM_ISN, svm_isn: int = SVM_ISN, now_s: float = 0.0, **more) -> None:
+def handshake(
+    rw: Rewriter, pvm_isn: int = PVM_ISN, svm_isn: int = SVM_ISN, now_s: float = 0.0, **more
+) -> None:
     assert rw.to_guest(now_s, to(SYN, CLIENT_ISN, **more)) is None
     assert rw.from_guest(now_s, out(SYN | ACK, svm_isn, CLIENT_ISN + 1, **more)) is None
     rw.to_guest(now_s, to(ACK, CLIENT_ISN + 1, pvm_isn + 1, **more))
@@ -124,7 +128,9 @@ def test_sack_blocks_are_mapped_at_odd_offsets_too(established: Rewriter) -> Non
         assert established.to_guest(0, packet) == want
 
 
-@pytest.mark.parametrize("options", [b"\x05\x01", b"\x05\x00", b"\x05\xff\0\0", b"\x08", b"\x05\x03\0", b"\x22\x04ab"])
+@pytest.mark.parametrize(
+    "options", [b"\x05\x01", b"\x05\x00", b"\x05\xff\0\0", b"\x08", b"\x05\x03\0", b"\x22\x04ab"]
+)
 def test_malformed_options_are_left_and_the_ack_is_mapped(established: Rewriter, options: bytes) -> None:
     options = b"\x01" * (-len(options) % 4) + options
     packet = to(ACK, CLIENT_ISN + 1, PVM_ISN + 1, options=options)
@@ -175,7 +181,11 @@ def test_extension_headers_of_ipv6_are_stepped_over(established: Rewriter) -> No
 def test_other_protocols_fragments_and_unknown_flows_are_left(established: Rewriter) -> None:
     whole = out(ACK, SVM_ISN + 1, 0, b"x" * 40)
     udp = whole[:9] + b"\x11" + whole[10:]
-    ip = ipaddress_packets() if Family.v6 else [udp, out(ACK, SVM_ISN + 1, 0, fragment=0x2000), out(ACK, 1, fragment=5)]
+    ip = (
+        ipaddress_packets()
+        if Family.v6
+        else [udp, out(ACK, SVM_ISN + 1, 0, fragment=0x2000), out(ACK, 1, fragment=5)]
+    )
     for packet in (*ip, b"", *(whole[:size] for size in range(1, 40))):
         assert established.from_guest(0, packet) is None
         assert established.to_guest(0, packet) is None
@@ -186,7 +196,10 @@ def test_other_protocols_fragments_and_unknown_flows_are_left(established: Rewri
 
 def test_padding_is_no_payload(established: Rewriter) -> None:
     packet = out(FIN | ACK, SVM_ISN + 1, CLIENT_ISN + 1)
-    assert established.from_guest(0, packet + b"\0" * 6) == out(FIN | ACK, PVM_ISN + 1, CLIENT_ISN + 1) + b"\0" * 6
+    assert (
+        established.from_guest(0, packet + b"\0" * 6)
+        == out(FIN | ACK, PVM_ISN + 1, CLIENT_ISN + 1) + b"\0" * 6
+    )
     established.to_guest(0, to(FIN | ACK, CLIENT_ISN + 1, PVM_ISN + 2))
     established.from_guest(0, out(ACK, SVM_ISN + 2, CLIENT_ISN + 2))
     established.expire(rewriter.LINGER_S)
@@ -203,7 +216,9 @@ def test_an_ack_before_the_svms_syn_ack_waits_for_it(rw: Rewriter) -> None:
     assert rw.to_guest(0, to(ACK | PSH, CLIENT_ISN + 4, PVM_ISN + 1, b" /")) == b""
     assert rw.take_held() == []
     # The offset is known at once, so the comparator already sees the PVM's number.
-    assert rw.from_guest(0.1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(SYN | ACK, PVM_ISN, CLIENT_ISN + 1)
+    assert rw.from_guest(0.1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(
+        SYN | ACK, PVM_ISN, CLIENT_ISN + 1
+    )
     assert rw.take_held() == [
         to(ACK, CLIENT_ISN + 1, SVM_ISN + 1),
         to(ACK | PSH, CLIENT_ISN + 1, SVM_ISN + 1, b"GET"),
@@ -246,7 +261,9 @@ def test_retransmitted_syn_and_syn_ack_change_nothing(rw: Rewriter) -> None:
     ack = to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)
     assert rw.to_guest(0, ack) == to(ACK, CLIENT_ISN + 1, SVM_ISN + 1)
     # The SVM lost that ACK: what it sends again has the client's numbers now.
-    assert rw.from_guest(1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(SYN | ACK, PVM_ISN, CLIENT_ISN + 1)
+    assert rw.from_guest(1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(
+        SYN | ACK, PVM_ISN, CLIENT_ISN + 1
+    )
     assert rw.to_guest(1, to(SYN, CLIENT_ISN)) is None
     assert rw.to_guest(1, ack) == to(ACK, CLIENT_ISN + 1, SVM_ISN + 1)
     assert rw.counters.restarted_flows == 0
@@ -281,7 +298,9 @@ def test_a_reset_in_the_handshake_passes_and_teaches_nothing(rw: Rewriter, flags
 def test_syn_cookies_the_last_number_of_the_svm_counts(established: Rewriter) -> None:
     other = SVM_ISN + 0x1234
     # The same SYN answered with another number; what the client acknowledged stands.
-    assert established.from_guest(1, out(SYN | ACK, other, CLIENT_ISN + 1)) == out(SYN | ACK, PVM_ISN, CLIENT_ISN + 1)
+    assert established.from_guest(1, out(SYN | ACK, other, CLIENT_ISN + 1)) == out(
+        SYN | ACK, PVM_ISN, CLIENT_ISN + 1
+    )
     assert established.to_guest(1, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)) == to(ACK, CLIENT_ISN + 1, other + 1)
 
 
@@ -348,7 +367,9 @@ def test_a_failover_between_the_clients_syn_and_the_svms_answer(rw: Rewriter) ->
     rw.to_guest(0, to(SYN, CLIENT_ISN))
     assert rw.to_guest(0, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)) == b""
     rw.stop_learning()
-    assert rw.from_guest(1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(SYN | ACK, PVM_ISN, CLIENT_ISN + 1)
+    assert rw.from_guest(1, out(SYN | ACK, SVM_ISN, CLIENT_ISN + 1)) == out(
+        SYN | ACK, PVM_ISN, CLIENT_ISN + 1
+    )
     assert rw.take_held() == [to(ACK, CLIENT_ISN + 1, SVM_ISN + 1)]
 
 
@@ -531,7 +552,9 @@ def test_after_failover_old_connections_stay_and_new_ones_are_the_svms_own(estab
     packet = to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)
     assert established.to_guest(1, packet) == to(ACK, CLIENT_ISN + 1, SVM_ISN + 1)
     # The client got the PVM's SYN-ACK before the failover.
-    assert established.to_guest(1, to(ACK, CLIENT_ISN + 1, 78, **half)) == to(ACK, CLIENT_ISN + 1, SVM_ISN + 1, **half)
+    assert established.to_guest(1, to(ACK, CLIENT_ISN + 1, 78, **half)) == to(
+        ACK, CLIENT_ISN + 1, SVM_ISN + 1, **half
+    )
     # A forged handshake: its ACK must reach the SVM as it is.
     forged = {"cport": 3}
     established.to_guest(1, to(SYN, 1, **forged))

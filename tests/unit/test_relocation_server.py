@@ -56,7 +56,9 @@ class Receiver:
         self.events: list[dict[str, Any]] = []
         self.sessions: list[tuple[str, Channel, Channel]] = []
         self.pairing = Pairing(
-            time.monotonic_ns, self.serve, **{key: value for key, value in timeouts.items() if key != "open_timeout_s"}
+            time.monotonic_ns,
+            self.serve,
+            **{key: value for key, value in timeouts.items() if key != "open_timeout_s"},
         )
         contexts = (None,) if options.tls is None else (None, tls.server_context(options.tls))
         self.server = Server(
@@ -126,7 +128,9 @@ def hello(channel: Channel, kind: str, versions: list[int] | None = None) -> Mes
 
 
 @contextlib.contextmanager
-def protection(port: int, files: TlsFiles | None = None, generation: int = 7, name: str = "web") -> Iterator[tuple[Channel, Channel]]:
+def protection(
+    port: int, files: TlsFiles | None = None, generation: int = 7, name: str = "web"
+) -> Iterator[tuple[Channel, Channel]]:
     with connect(port, files, generation) as control:
         assert hello(control, "control").type is MessageType.HELLO
         with connect(port, files, generation) as data:
@@ -243,14 +247,20 @@ def test_tls_sends_and_receives_at_once(receiver: Callable[..., Receiver]) -> No
 @pytest.mark.parametrize(
     ("files", "ours", "said"),
     [
-        (HOST, TlsFiles(authority=FILES / "other-ca.crt"), "certificate of 127.0.0.1 port \\d+ is not one to be trusted"),
+        (
+            HOST,
+            TlsFiles(authority=FILES / "other-ca.crt"),
+            "certificate of 127.0.0.1 port \\d+ is not one to be trusted",
+        ),
         (TRUSTING, TlsFiles(authority=FILES / "ca.crt"), "refused us within TLS: .*certificate"),
         (TlsFiles(FILES / "elsewhere.crt", FILES / "elsewhere.key"), TRUSTING, "IP address mismatch"),
         (TlsFiles(HOST.certificate, HOST.key, FILES / "other-ca.crt"), TRUSTING, "refused us within TLS: .*"),
     ],
     ids=["unknown server", "no client certificate", "another host's", "unknown client"],
 )
-def test_who_cannot_be_trusted(receiver: Callable[..., Receiver], files: TlsFiles, ours: TlsFiles, said: str) -> None:
+def test_who_cannot_be_trusted(
+    receiver: Callable[..., Receiver], files: TlsFiles, ours: TlsFiles, said: str
+) -> None:
     here = receiver(tls=files)
     with pytest.raises(PeerError, match=said):
         connect(here.ssl_port, ours)
@@ -259,9 +269,13 @@ def test_who_cannot_be_trusted(receiver: Callable[..., Receiver], files: TlsFile
 
 def test_tls_where_there_is_none_and_none_where_there_is(receiver: Callable[..., Receiver]) -> None:
     here = receiver(tls=HOST)
-    with pytest.raises(PeerError, match=r"cannot speak TLS with us; is that its port with TLS\? \(see --ssl\)"):
+    with pytest.raises(
+        PeerError, match=r"cannot speak TLS with us; is that its port with TLS\? \(see --ssl\)"
+    ):
         connect(here.port, TlsFiles())
-    with pytest.raises(PeerLost, match=r"does it allow this host to connect, and is that port one with TLS \(see --ssl\)\?"):
+    with pytest.raises(
+        PeerLost, match=r"does it allow this host to connect, and is that port one with TLS \(see --ssl\)\?"
+    ):
         connect(here.ssl_port)
     eventually(lambda: len(here.events) == 2)
     assert sorted(here.reasons()) == [
@@ -280,7 +294,9 @@ def test_a_host_that_is_not_allowed(receiver: Callable[..., Receiver], pattern: 
     eventually(lambda: here.reasons() == ["it is not among the hosts allowed"] * 2)
 
 
-def test_a_host_that_is_allowed_by_its_name(receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_allowed_by_its_name(
+    receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socket, "getfqdn", lambda address: {"127.0.0.1": "alpha.example.org"}[address])
     here = receiver(hosts_allow=compile_hosts(r"^alpha\.example\.org$"))
     with protection(here.port):
@@ -348,7 +364,10 @@ def test_a_number_that_is_taken(receiver: Callable[..., Receiver]) -> None:
         hello(waiting, "control")
         with connect(here.port) as second:
             answer = hello(second, "control")
-            assert (answer.type, answer.fields["reason"]) == (MessageType.REFUSE, "this session exists already")
+            assert (answer.type, answer.fields["reason"]) == (
+                MessageType.REFUSE,
+                "this session exists already",
+            )
     with protection(here.port, generation=8):
         eventually(lambda: len(here.sessions) == 1)
         with connect(here.port, generation=8) as second:
@@ -392,7 +411,9 @@ def test_a_bad_create_is_answered(receiver: Callable[..., Receiver]) -> None:
         assert (answer.type, answer.fields["reason"]) == (MessageType.REFUSE, "CREATE is bad")
 
 
-@pytest.mark.parametrize("kind", [MessageType.PREPARE, MessageType.PAGES, MessageType.CREATE_STREAM, MessageType.HELLO])
+@pytest.mark.parametrize(
+    "kind", [MessageType.PREPARE, MessageType.PAGES, MessageType.CREATE_STREAM, MessageType.HELLO]
+)
 def test_before_create_nothing_else(receiver: Callable[..., Receiver], kind: MessageType) -> None:
     here = receiver()
     with connect(here.port) as control, connect(here.port) as data:
@@ -414,7 +435,9 @@ def test_before_create_nothing_else(receiver: Callable[..., Receiver], kind: Mes
 # -- slow, many, and the end -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sent", [b"", b"co", b"colo\n", b"colo\nRCOL", b"colo\n" + HEADER.pack(MAGIC, 1, 1, 0, 1, 0, 50) + b"{"])
+@pytest.mark.parametrize(
+    "sent", [b"", b"co", b"colo\n", b"colo\nRCOL", b"colo\n" + HEADER.pack(MAGIC, 1, 1, 0, 1, 0, 50) + b"{"]
+)
 @pytest.mark.parametrize("secure", [False, True])
 def test_who_is_slow_is_left(receiver: Callable[..., Receiver], sent: bytes, secure: bool) -> None:
     here = receiver({"open_timeout_s": 0.2}, tls=HOST)
@@ -519,7 +542,9 @@ def test_the_end_cuts_what_is_half_open(receiver: Callable[..., Receiver]) -> No
             connect(here.port)
 
 
-def test_no_descriptors_left_in_the_process(receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_descriptors_left_in_the_process(
+    receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """accept() fails for a while: the connection waits, and is served when there is room again."""
     here = receiver()
     listener = here.server.listeners[0]
@@ -545,7 +570,9 @@ def test_no_descriptors_left_in_the_process(receiver: Callable[..., Receiver], m
     assert "Too many open files" in here.reasons()[0]
 
 
-def test_refusals_do_not_fill_the_log(receiver: Callable[..., Receiver], caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_do_not_fill_the_log(
+    receiver: Callable[..., Receiver], caplog: pytest.LogCaptureFixture
+) -> None:
     here = receiver(hosts_allow=compile_hosts("^$"))
     with caplog.at_level(logging.WARNING, "remus_colo.relocation.server"):
         for _ in range(60):
@@ -632,4 +659,13 @@ def test_admission() -> None:
 
 def test_throttle() -> None:
     throttle = Throttle(burst=2, window_s=10)
-    assert [throttle.passes(now_s) for now_s in (0.0, 1.0, 2.0, 9.9, 10.0, 11.0, 12.0, 21.0)] == [0, 0, None, None, 2, 0, None, 1]
+    assert [throttle.passes(now_s) for now_s in (0.0, 1.0, 2.0, 9.9, 10.0, 11.0, 12.0, 21.0)] == [
+        0,
+        0,
+        None,
+        None,
+        2,
+        0,
+        None,
+        1,
+    ]

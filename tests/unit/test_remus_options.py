@@ -19,7 +19,9 @@ WRITABLE = {"pdev_path": "/dev/vg/web", "vdev": "xvda", "readwrite": 1}
 
 
 def test_classic_defaults() -> None:
-    assert cli.parse(["web"]) == RemusOptions(domain="web", destination="localhost", port=8002, interval_s=0.2)
+    assert cli.parse(["web"]) == RemusOptions(
+        domain="web", destination="localhost", port=8002, interval_s=0.2
+    )
 
 
 def test_every_classic_option() -> None:
@@ -37,7 +39,9 @@ def test_every_classic_option() -> None:
 
 
 def test_a_writable_disk_that_nothing_replicates_is_refused() -> None:
-    with pytest.raises(DomainError, match=r"web has a writable disk \(xvda\) that nothing replicates.*--no-disk"):
+    with pytest.raises(
+        DomainError, match=r"web has a writable disk \(xvda\) that nothing replicates.*--no-disk"
+    ):
         replicated_disks("web", [WRITABLE])
 
 
@@ -93,7 +97,9 @@ def test_disks_commit_before_the_network() -> None:
 
 def test_a_device_that_cannot_be_set_up_keeps_protection_from_starting() -> None:
     calls: list[str] = []
-    devices = DeviceSet([Recorder("a", 0, calls), Recorder("b", 0, calls, fails=True), Recorder("c", 0, calls)])
+    devices = DeviceSet(
+        [Recorder("a", 0, calls), Recorder("b", 0, calls, fails=True), Recorder("c", 0, calls)]
+    )
     with pytest.raises(NetworkError):
         devices.setup()
     assert calls == ["setup a", "setup b", "teardown c", "teardown b", "teardown a"]

@@ -64,7 +64,12 @@ def test_checkpoints_over_a_channel(channels: tuple[Channel, Channel], compress:
     sender.live(b"all of it")
     sender.finish_first(b"")
     first = receive(far)
-    assert [message.type.name for message in first] == ["PREPARE", "CHECKPOINT_BEGIN", "CREATE_STREAM", "CHECKPOINT_END"]
+    assert [message.type.name for message in first] == [
+        "PREPARE",
+        "CHECKPOINT_BEGIN",
+        "CREATE_STREAM",
+        "CHECKPOINT_END",
+    ]
     assert {message.epoch for message in first} == {1}
     decoder = DeltaDecoder()
     for epoch, content in ((2, 1), (3, 1), (4, 2)):
@@ -82,7 +87,9 @@ def test_checkpoints_over_a_channel(channels: tuple[Channel, Channel], compress:
         pieces = [bytes(message.data) for message in middle if message.type is MessageType.CHECKPOINT_STREAM]
         assert (decoder.decode(pieces, len(staged)) if compress else b"".join(pieces)) == staged
         states = [parse_state(message.data) for message in middle if message.type is MessageType.STATE]
-        assert [(name, bytes(data)) for name, data in states] == ([("device-model", b"QEMU")] if epoch == 3 else [])
+        assert [(name, bytes(data)) for name, data in states] == (
+            [("device-model", b"QEMU")] if epoch == 3 else []
+        )
 
 
 def test_a_creation() -> None:

@@ -35,8 +35,16 @@ def udp(payload: bytes, port: int = 53) -> bytes:
 ARP = ETHERNET + b"\x08\x06" + bytes(28)
 
 
-def pcap(path: Path, packets: list[tuple[float, bytes]], *, order: str = "<", nano: bool = False, snaplen: int = 0xFFFF,
-         linktype: int = 1, base_s: int = 1_700_000_000) -> Path:
+def pcap(
+    path: Path,
+    packets: list[tuple[float, bytes]],
+    *,
+    order: str = "<",
+    nano: bool = False,
+    snaplen: int = 0xFFFF,
+    linktype: int = 1,
+    base_s: int = 1_700_000_000,
+) -> Path:
     """Times in ms."""
     out = struct.pack(order + "IHHiIII", 0xA1B23C4D if nano else 0xA1B2C3D4, 2, 4, 0, 0, snaplen, linktype)
     for time_ms, frame in packets:
@@ -48,8 +56,13 @@ def pcap(path: Path, packets: list[tuple[float, bytes]], *, order: str = "<", na
     return path
 
 
-def run(tmp_path: Path, ours: list[tuple[float, bytes]], theirs: list[tuple[float, bytes]], *options: str,
-        **file: Any) -> dict[str, Any]:
+def run(
+    tmp_path: Path,
+    ours: list[tuple[float, bytes]],
+    theirs: list[tuple[float, bytes]],
+    *options: str,
+    **file: Any,
+) -> dict[str, Any]:
     one, other = pcap(tmp_path / "p.pcap", ours, **file), pcap(tmp_path / "s.pcap", theirs)
     done = command(one, other, *options)
     assert done.returncode == 0, done.stderr
@@ -69,7 +82,11 @@ def fates(result: dict[str, Any]) -> list[tuple[str, float]]:
 
 def test_equal_streams_leave_without_a_checkpoint(tmp_path: Path) -> None:
     ours = [(0, tcp(99, 50, SYN | ACK)), (10, tcp(100, 50, ACK, b"abcdef")), (20, ARP)]
-    theirs = [(1, tcp(5000, 50, SYN | ACK)), (12.5, tcp(100, 50, ACK, b"abc")), (13, tcp(103, 50, ACK, b"def"))]
+    theirs = [
+        (1, tcp(5000, 50, SYN | ACK)),
+        (12.5, tcp(100, 50, ACK, b"abc")),
+        (13, tcp(103, 50, ACK, b"def")),
+    ]
     result = run(tmp_path, ours, theirs)
     assert fates(result) == [("released", 1.0), ("released", 13.0), ("released", 20.0)]
     assert result["checkpoints"] == [] and result["counters"]["released_equal"] == 2
@@ -89,8 +106,17 @@ def test_the_svm_may_be_captured_before_the_rewriter(tmp_path: Path) -> None:
 
 
 def test_a_difference_flushes_by_a_checkpoint(tmp_path: Path) -> None:
-    ours = [(0, tcp(100, 50, ACK, b"abcdef")), (5, udp(b"other")), (7, tcp(106, 50, ACK, b"g")), (40, tcp(107, 50, ACK, b"h"))]
-    theirs = [(2, tcp(100, 50, ACK, b"abcdeX")), (4, tcp(106, 50, ACK, b"stale")), (41, tcp(106, 50, ACK, b"gh"))]
+    ours = [
+        (0, tcp(100, 50, ACK, b"abcdef")),
+        (5, udp(b"other")),
+        (7, tcp(106, 50, ACK, b"g")),
+        (40, tcp(107, 50, ACK, b"h")),
+    ]
+    theirs = [
+        (2, tcp(100, 50, ACK, b"abcdeX")),
+        (4, tcp(106, 50, ACK, b"stale")),
+        (41, tcp(106, 50, ACK, b"gh")),
+    ]
     result = run(tmp_path, ours, theirs, "--checkpoint-ms", "30")
     # what comes while the checkpoint is under way belongs to the next epoch
     assert fates(result)[0] == ("flushed", 32.0)
@@ -121,7 +147,13 @@ def test_what_the_svm_alone_says_in_a_stream_ends_in_a_checkpoint(tmp_path: Path
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize("nano", [False, True])
 def test_all_pcap_forms(tmp_path: Path, order: str, nano: bool) -> None:
-    result = run(tmp_path, [(0, udp(b"a")), (1000.5, udp(b"b"))], [(0.001, udp(b"a")), (1001, udp(b"b"))], order=order, nano=nano)
+    result = run(
+        tmp_path,
+        [(0, udp(b"a")), (1000.5, udp(b"b"))],
+        [(0.001, udp(b"a")), (1001, udp(b"b"))],
+        order=order,
+        nano=nano,
+    )
     assert fates(result) == [("released", 0.001), ("released", 1001.0)]
 
 
@@ -140,7 +172,9 @@ def test_runts_and_unknown_types(tmp_path: Path) -> None:
 
 
 def test_unsorted_captures_are_taken_by_time(tmp_path: Path) -> None:
-    result = run(tmp_path, [(9, udp(b"late")), (1, udp(b"early", 54))], [(2, udp(b"early", 54)), (10, udp(b"late"))])
+    result = run(
+        tmp_path, [(9, udp(b"late")), (1, udp(b"early", 54))], [(2, udp(b"early", 54)), (10, udp(b"late"))]
+    )
     assert fates(result) == [("released", 9.0), ("released", 1.0)], "since the first of both"
 
 
@@ -176,12 +210,17 @@ def test_what_is_no_capture_of_ethernet_is_refused(tmp_path: Path, content: byte
     with pytest.raises(ConfigError, match=words):
         Capture(path)
     done = command(path, pcap(tmp_path / "s.pcap", []))
-    assert done.returncode == 2 and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and done.stdout == "" and words in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_explanations_name_the_first_differing_byte(tmp_path: Path) -> None:
     one = pcap(tmp_path / "p.pcap", [(0, udp(b"12:30:01 o'clock")), (1, tcp(100, 50, ACK, b"abc"))])
-    other = pcap(tmp_path / "s.pcap", [(0, udp(b"nothing alike")), (1, udp(b"12:30:02 o'clock")), (2, tcp(100, 50, ACK, b"aBc"))])
+    other = pcap(
+        tmp_path / "s.pcap",
+        [(0, udp(b"nothing alike")), (1, udp(b"12:30:02 o'clock")), (2, tcp(100, 50, ACK, b"aBc"))],
+    )
     done = command(one, other, "--explain")
     assert "TCP 10.0.0.1:80 > 10.0.0.2:4000, byte 1 (sequence 101): PVM 0x62, SVM 0x42" in done.stderr
     (tmp_path / "t.pcap").write_bytes(one.read_bytes())

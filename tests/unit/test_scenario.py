@@ -37,7 +37,10 @@ def test_figures_of_events() -> None:
 def test_figures_of_no_events() -> None:
     assert scenario_figures.checkpoints([]) == {}
     assert scenario_figures.released_share([]) is None
-    assert scenario_figures.released_share([{"event": "counters", "released_equal": 0, "released_commit": 0}]) is None
+    assert (
+        scenario_figures.released_share([{"event": "counters", "released_equal": 0, "released_commit": 0}])
+        is None
+    )
 
 
 @pytest.mark.parametrize(("share", "value"), [(0.0, 1), (0.5, 2), (0.51, 3), (0.99, 4), (1.0, 4)])
@@ -64,7 +67,10 @@ def test_no_failover() -> None:
 
 
 def test_a_table_is_aligned() -> None:
-    assert scenario_figures.table([("", "ms"), ("redis", 1.5), ("all", None)]) == "        ms\nredis  1.5\n  all    -"
+    assert (
+        scenario_figures.table([("", "ms"), ("redis", 1.5), ("all", None)])
+        == "        ms\nredis  1.5\n  all    -"
+    )
 
 
 REPORT = """\
@@ -198,5 +204,11 @@ def test_the_benchs_report() -> None:
     }
     shown = bench.report(found)
     assert "rate, of the unprotected guest's: colo 0.50, remus 200 ms 0.20" in shown
-    assert "standstill that a client sees, xl remus -i 200: p50 80.0 ms, p99 90.0 ms (3 of them, 8% of the time)" in shown
-    assert "as Xen has it, xl remus -i 200: p50 60.0 ms, p99 70.0 ms (4 of them; looked at every 1.5 ms)" in shown
+    assert (
+        "standstill that a client sees, xl remus -i 200: p50 80.0 ms, p99 90.0 ms (3 of them, 8% of the time)"
+        in shown
+    )
+    assert (
+        "as Xen has it, xl remus -i 200: p50 60.0 ms, p99 70.0 ms (4 of them; looked at every 1.5 ms)"
+        in shown
+    )

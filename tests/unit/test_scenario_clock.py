@@ -59,7 +59,10 @@ def test_a_guests_clock_that_gained_or_lost_time_is_a_fault() -> None:
     # A guest that suspends itself stops its clock meanwhile, and the others go on.
     slept = told(skew={"realtime": [0, 0, 900 * MS], "boottime": [0, 0, 900 * MS]})
     assert len(faults(slept, [GOOD])) == 2
-    assert faults(slept, [dataclasses.replace(GOOD, mode="cooperative", stopped_ms=[], shift_ms=(-900, -800))]) == []
+    assert (
+        faults(slept, [dataclasses.replace(GOOD, mode="cooperative", stopped_ms=[], shift_ms=(-900, -800))])
+        == []
+    )
 
 
 def test_a_reading_bounds_how_far_the_guest_is_ahead() -> None:

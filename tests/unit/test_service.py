@@ -97,7 +97,10 @@ def test_the_pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
         monkeypatch.chdir("/")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ConfigError, match="cannot write the pid file"), service.pid_file(Path("/proc/nowhere/pid")):
+    with (
+        pytest.raises(ConfigError, match="cannot write the pid file"),
+        service.pid_file(Path("/proc/nowhere/pid")),
+    ):
         pass
     with service.pid_file(None):
         pass
@@ -148,7 +151,11 @@ with service.pid_file(folder / "pid"):
     assert (tmp_path / "log").read_text().endswith("after\n")
 
 
-@pytest.mark.parametrize(("end", "status"), [("sys.exit(3)", 3), ("raise SystemExit", 1), ("os.kill(os.getpid(), 9)", 1)])
-def test_the_command_ends_with_the_service_that_could_not_begin(end: str, status: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("end", "status"), [("sys.exit(3)", 3), ("raise SystemExit", 1), ("os.kill(os.getpid(), 9)", 1)]
+)
+def test_the_command_ends_with_the_service_that_could_not_begin(
+    end: str, status: int, tmp_path: Path
+) -> None:
     done = command(f"print('cannot', file=sys.stderr, flush=True)\n{end}\n", tmp_path)
     assert (done.returncode, done.stderr) == (status, "cannot\n")

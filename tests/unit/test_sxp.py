@@ -162,7 +162,9 @@ def test_show_writes_to_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> 
     assert out.getvalue().removeprefix("(a 'b c')") == "<a k=v>b <c></c></a>"
 
 
-TREE = sxp.from_string("(domain (@ (id d1) (x y)) (name web) (device (vif (@ (id v0)) (mac m0))) (device (vbd)) flag)")
+TREE = sxp.from_string(
+    "(domain (@ (id d1) (x y)) (name web) (device (vif (@ (id v0)) (mac m0))) (device (vbd)) flag)"
+)
 
 
 def test_elements_of_a_tree() -> None:
@@ -207,7 +209,9 @@ def test_deep_nesting_is_written_and_refused_but_crashes_nothing() -> None:
         deep = [deep]
     text = sxp.to_string(deep)
     assert text == "(" * 100_000 + "core" + ")" * 100_000
-    with pytest.raises(sxp.ParseError, match=rf"line 1 column {sxp.MAX_DEPTH + 1}: more than {sxp.MAX_DEPTH} lists"):
+    with pytest.raises(
+        sxp.ParseError, match=rf"line 1 column {sxp.MAX_DEPTH + 1}: more than {sxp.MAX_DEPTH} lists"
+    ):
         sxp.from_string(text)
     fits = "(" * sxp.MAX_DEPTH + ")" * sxp.MAX_DEPTH
     assert sxp.to_string(sxp.from_string(fits)) == fits

@@ -69,7 +69,8 @@ def test_the_second_of_two_builders_takes_the_result_of_the_first(tmp_path):
         path.write_text("whole")
 
     threads = [
-        threading.Thread(target=lambda: results.append(cache.entry("disk", 1, build, tmp_path))) for _ in range(2)
+        threading.Thread(target=lambda: results.append(cache.entry("disk", 1, build, tmp_path)))
+        for _ in range(2)
     ]
     threads[0].start()
     assert started.wait(20)

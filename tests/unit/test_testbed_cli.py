@@ -49,7 +49,9 @@ def test_status_of_a_bed_that_is_not_up(run, capsys):
     assert "not up" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [("exec", "third", "--", "true"), ("link", "sideways"), (), ("up", "--skew", "x")])
+@pytest.mark.parametrize(
+    "words", [("exec", "third", "--", "true"), ("link", "sideways"), (), ("up", "--skew", "x")]
+)
 def test_wrong_usage_is_refused(run, words):
     with pytest.raises(SystemExit) as ended:
         run(*words)

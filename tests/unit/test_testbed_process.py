@@ -16,7 +16,9 @@ SLEEPER = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read(
 
 @pytest.fixture
 def child():
-    process = subprocess.Popen([*SLEEPER, f"marker-{os.getpid()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*SLEEPER, f"marker-{os.getpid()}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     # Popen returns when the new program has begun to be, which is before /proc shows its arguments.
     process.stdout.readline()
     yield process

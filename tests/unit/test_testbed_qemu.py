@@ -26,7 +26,9 @@ def test_a_host_starts_stopped_with_its_taps_and_identity():
     argv = HostSpec(**SPEC, net=HOSTS["backup"]).argv(Path("/run/b/backup"), {"mgmt": 7, "lan": 8, "repl": 9})
     assert "-S" in argv
     assert after(argv, "-cpu") == ["qemu64,+svm,+npt"]
-    assert after(argv, "-netdev") == [f"tap,id={r},fd={n},vhost=off" for r, n in (("mgmt", 7), ("lan", 8), ("repl", 9))]
+    assert after(argv, "-netdev") == [
+        f"tap,id={r},fd={n},vhost=off" for r, n in (("mgmt", 7), ("lan", 8), ("repl", 9))
+    ]
     modules = after(argv, "-initrd")[0]
     # QEMU splits modules at single commas
     assert modules.replace(",,", "").split(",")[1:] == ["/c/initrd"]

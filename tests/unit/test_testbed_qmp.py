@@ -45,7 +45,9 @@ def server(path, *script):
 def test_a_command_is_negotiated_sent_and_answered_events_or_not(tmp_path):
     event = {"event": "RESUME", "data": {}}
     with (
-        server(tmp_path / "s", [GREETING], [{"return": {}}], [event, {"return": {"status": "running"}}]) as received,
+        server(
+            tmp_path / "s", [GREETING], [{"return": {}}], [event, {"return": {"status": "running"}}]
+        ) as received,
         Qmp(tmp_path / "s", 20) as qmp,
     ):
         assert qmp.execute("query-status") == {"status": "running"}

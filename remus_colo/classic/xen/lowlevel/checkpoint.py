@@ -54,7 +54,11 @@ class checkpointer:
         """
         if self._domain is None:
             raise error("checkpoint state not opened")
-        for name, callback in (("suspend", suspend_cb), ("postcopy", postcopy_cb), ("checkpoint", checkpoint_cb)):
+        for name, callback in (
+            ("suspend", suspend_cb),
+            ("postcopy", postcopy_cb),
+            ("checkpoint", checkpoint_cb),
+        ):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{name} callback not callable")
         calls = protection.Calls(suspend_cb, postcopy_cb, checkpoint_cb)

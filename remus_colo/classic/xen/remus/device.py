@@ -238,7 +238,10 @@ class Netbufpool:
         """A device that nobody has, or whose owner is gone."""
         with util.Lock(self.path):
             table = self.load()
-            candidates = [*self.devices, *(f"{self.netbufclass.devclass()}{n}" for n in range(len(table) + len(self.devices) + 1))]
+            candidates = [
+                *self.devices,
+                *(f"{self.netbufclass.devclass()}{n}" for n in range(len(table) + len(self.devices) + 1)),
+            ]
             name = next(name for name in candidates if name not in table or not util.checkpid(table[name]))
             table[name] = os.getpid()
             self.save(table)

@@ -117,9 +117,7 @@ def parsebatch(batch: bytes) -> list[tuple[int, bytes]]:
     (record,) = libxc.records(batch)
     if record.kind != libxc.PAGE_DATA:
         return []
-    return [
-        (page.entry, batch[page.offset : page.offset + PAGE_SIZE]) for page in libxc.pages(batch, record)
-    ]
+    return [(page.entry, batch[page.offset : page.offset + PAGE_SIZE]) for page in libxc.pages(batch, record)]
 
 
 class Writer:
@@ -182,7 +180,9 @@ class Writer:
     def _complete(self) -> None:
         for batch in self._new_pages:
             if self.compact:
-                self._pages.update((entry & libxc.PFN_MASK, (entry, page)) for entry, page in parsebatch(batch))
+                self._pages.update(
+                    (entry & libxc.PFN_MASK, (entry, page)) for entry, page in parsebatch(batch)
+                )
             else:
                 self.fd.write(batch)
         self._state = self._new_state

@@ -147,8 +147,8 @@ class nlmsg:
     def unpack(self, msg: bytes) -> None:
         if len(msg) < self.fmtlen:
             raise RTNLException("a message is cut off")
-        (self.nlmsg_len, self.nlmsg_type, self.nlmsg_flags, self.nlmsg_seq, self.nlmsg_pid) = struct.unpack_from(
-            self.fmt, msg
+        (self.nlmsg_len, self.nlmsg_type, self.nlmsg_flags, self.nlmsg_seq, self.nlmsg_pid) = (
+            struct.unpack_from(self.fmt, msg)
         )
         self.body = msg[self.fmtlen :]
         self.rta = b""
@@ -170,8 +170,8 @@ class ifinfomsg:
             self.unpack(msg)
 
     def unpack(self, msg: bytes) -> None:
-        (self.ifi_family, self.ifi_type, self.ifi_index, self.ifi_flags, self.ifi_change) = struct.unpack_from(
-            self.fmt, msg
+        (self.ifi_family, self.ifi_type, self.ifi_index, self.ifi_flags, self.ifi_change) = (
+            struct.unpack_from(self.fmt, msg)
         )
         self.body = msg[align(self.fmtlen) :]
 
@@ -193,8 +193,8 @@ class tcmsg:
             self.unpack(msg)
 
     def unpack(self, msg: bytes) -> None:
-        (self.tcm_family, self.tcm_ifindex, self.tcm_handle, self.tcm_parent, self.tcm_info) = struct.unpack_from(
-            self.fmt, msg
+        (self.tcm_family, self.tcm_ifindex, self.tcm_handle, self.tcm_parent, self.tcm_info) = (
+            struct.unpack_from(self.fmt, msg)
         )
         self.rta = msg[align(self.fmtlen) :]
 

@@ -249,7 +249,11 @@ class Saver:
 
     def _resume(self) -> None:
         """Let the suspended guest go on as if it had not been."""
-        with Store() as store, Guest(self.vm.domid, writable=False) as guest, Suspender(guest, store) as suspender:
+        with (
+            Store() as store,
+            Guest(self.vm.domid, writable=False) as guest,
+            Suspender(guest, store) as suspender,
+        ):
             suspender.resume()
 
 
@@ -291,4 +295,6 @@ class ColoSaver(Saver):
             raise CheckpointError(str(error)) from error
 
     def _meet(self, session: ColoSession) -> None:
-        self.nics = [device.ColoNIC(vif, path) for vif, path in zip(self.vm.vifs, session.path.vifs, strict=False)]
+        self.nics = [
+            device.ColoNIC(vif, path) for vif, path in zip(self.vm.vifs, session.path.vifs, strict=False)
+        ]

@@ -83,7 +83,13 @@ def runcmd(args: str | Sequence[str], cwd: str | None = None) -> str:
         raise PipeException("could not run an empty command", errno.ENOENT)
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, errors="surrogateescape", cwd=cwd, timeout=RUN_TIMEOUT_S, check=False
+            words,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            cwd=cwd,
+            timeout=RUN_TIMEOUT_S,
+            check=False,
         )
     except OSError as error:
         raise PipeException(f"could not run {words[0]}", error.errno or 0) from error

@@ -116,7 +116,9 @@ class XendOptions:
         try:
             return int(value)
         except (TypeError, ValueError):
-            raise XendError(f"{self.config_path}: {name} cannot be {value}: a whole number is allowed") from None
+            raise XendError(
+                f"{self.config_path}: {name} cannot be {value}: a whole number is allowed"
+            ) from None
 
     def get_config_file(self, name: str, val: Any = None) -> str | None:
         """A path; a name without a directory is one in /etc/xen.
