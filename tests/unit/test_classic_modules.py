@@ -145,7 +145,8 @@ def test_headers() -> None:
     assert len(colo) == len(header)
     assert not colo.startswith(image.SIGNATURE.encode())
     assert image.VMImage(io.BytesIO(colo)).colo
-    for broken in (b"", b"LinuxGuestRecor", header[:30], b"X" + header[1:]):
+    empty = b"LinuxGuestRecord" + struct.pack("!i", 1)
+    for broken in (b"", b"LinuxGuestRecor", header[:30], b"X" + header[1:], empty, empty + b" ", empty + b"(", empty + b"a"):
         with pytest.raises(image.VMParseException):
             image.VMImage(io.BytesIO(broken))
 

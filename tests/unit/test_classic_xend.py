@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from remus_colo.errors import ConfigError, RemusError
 from xen.xend import XendOptions, sxp  # isort: skip
 from xen.xend.XendError import XendError  # isort: skip
 
+HEADER = b"LinuxGuestRecord"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "xend-config.sxp"
 
 
@@ -147,3 +149,29 @@ def test_sxp_is_ours() -> None:
         ),
     ):
         assert hasattr(sxp, name)
+
+
+# -- saved domains ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "signature read"),
+        (b"QemuDeviceModelRecord", "found b'QemuDeviceModelR'"),
+        (HEADER + b"\0\0", "config size read"),
+        (HEADER + b"\xff\xff\xff\xff", "a configuration of -1 bytes"),
+        (HEADER + b"\0\0\0\4(a)", "config read"),
+        (HEADER + b"\0\0\0\3(a ", "config parse"),
+        (HEADER + b"\0\0\0\3abc", "config parse"),
+        (HEADER + b"\0\0\0\3(a)", "config parse"),
+        (b"LinuxColoRecord2", "send it to remusd"),
+    ],
+)
+def test_what_is_no_saved_domain(tmp_path: Path, content: bytes, said: str) -> None:
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    (tmp_path / "saved").write_bytes(content)
+    with open(tmp_path / "saved", "rb") as saved, pytest.raises(XendError, match=re.escape(said)):
+        XendCheckpoint.restore(None, saved.fileno())

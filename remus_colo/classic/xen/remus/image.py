@@ -10,6 +10,7 @@ import struct
 from typing import IO, Any
 
 from xen.remus import vm
+from xen.xend import sxp
 
 from remus_colo.checkpoint import libxcrecords as libxc
 
@@ -53,8 +54,17 @@ def makeheader(dominfo: list[Any], colo: bool = False) -> bytes:
 
 
 def parseheader(header: str | bytes) -> dict[str, Any]:
-    """The description in a header, without signature and length, as dictionaries."""
-    return vm.parsedominfo(vm.strtosxpr(header))
+    """The description in a header, without signature and length, as dictionaries.
+
+    :raise VMParseException: it is none.
+    """
+    try:
+        description = vm.strtosxpr(header)
+    except (sxp.ParseError, IndexError) as error:
+        raise VMParseException(f"the header describes no domain: {error or 'it is empty'}") from error
+    if not isinstance(description, list):
+        raise VMParseException(f"the header describes no domain: {description!r}")
+    return vm.parsedominfo(description)
 
 
 def _exactly(fd: IO[bytes], size: int, what: str) -> bytes:

@@ -134,11 +134,14 @@ def restore(
     (length,) = LENGTH.unpack(read_exact(fd, LENGTH.size, "not a valid guest state file: config size read"))
     if not 0 < length <= CONFIG_LIMIT_BYTES:
         raise XendError(f"not a valid guest state file: a configuration of {length} bytes")
-    dom = image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))
-    _refuse_existing(str(dom["name"]))
+    try:
+        name = str(image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))["name"])
+    except (image.VMParseException, KeyError) as error:
+        raise XendError("not a valid guest state file: config parse") from error
+    _refuse_existing(name)
     try:
         with Store() as store:
-            restorer = birth.Restorer(str(dom["name"]))
+            restorer = birth.Restorer(name)
             try:
                 while piece := os.read(fd, PIECE_BYTES):
                     restorer.feed(piece)
