@@ -8,11 +8,10 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import VIF, Network, run, snapshot
+from conftest import CLIENT_IP, VIF, Network, receive, run, snapshot
 
 import remus_colo.classic.finder
 from remus_colo.adapters import ifb
@@ -95,9 +94,12 @@ def test_a_plug_comes_and_goes_by_messages(rth: netlink.rtnl, plug_support: None
 
 
 @pytest.fixture
-def vif(
-    links: Links, plug_support: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[ClassicVif]:
+def vif(plain_vif: ClassicVif, plug_support: None) -> ClassicVif:
+    return plain_vif
+
+
+@pytest.fixture
+def plain_vif(links: Links, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClassicVif:
     try:
         ifb.create(links, "probe0")
     except HostError as error:
@@ -107,7 +109,35 @@ def vif(
     monkeypatch.setattr(device, "_rth", None)
     made = ClassicVif(mac="00:16:3e:00:00:01")
     made.dev = VIF
-    yield made
+    return made
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_output_goes_through_an_ifb(plain_vif: ClassicVif, net: Network, links: Links, there: bool) -> None:
+    if there:
+        run("ip", "link", "add", "ifb0", "type", "ifb")
+        for state in ("up", "down"):  # the kernel gives it its first qdisc now
+            run("ip", "link", "set", "ifb0", state)
+        assert device.IFBBuffer.available()
+        assert device.Netbufpool(device.IFBBuffer).getdevs() == ["ifb0"]
+    before = snapshot()
+    buffer = device.Netbufpool(device.IFBBuffer).get()
+    assert buffer.devname == "ifb0"
+    client, guest = net.socket("client"), net.socket("guest")
+    client.bind((CLIENT_IP, 7010))
+
+    def passes(datagram: bytes) -> None:
+        guest.sendto(datagram, (CLIENT_IP, 7010))
+        assert receive(client, 1) == [datagram]
+
+    buffer.install(plain_vif)
+    passes(b"through")
+    assert links.stats("ifb0").rx_packets == 1
+    buffer.uninstall()
+    passes(b"past")
+    assert links.exists("ifb0") is there
+    assert not there or links.stats("ifb0").rx_packets == 1
+    assert snapshot() == before
 
 
 def test_what_a_script_finds_in_a_buffered_nic(vif: ClassicVif) -> None:

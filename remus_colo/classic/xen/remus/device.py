@@ -168,7 +168,8 @@ class IFBBuffer(Netbuf):
 
     @classmethod
     def available(cls) -> bool:
-        return kmod.is_present("ifb") or util.modprobe("ifb")
+        # one that is there; or a module that makes none by itself, and then they are made when they are wanted
+        return cls._hasdev(cls.devclass()) or kmod.is_present(cls.devclass())
 
     def install(self, vif: VIF) -> None:
         self.vif = vif
