@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import ssl
 import sys
 import threading
@@ -23,6 +22,7 @@ from remus_colo.relocation.handshake import COLO
 from remus_colo.relocation.pairing import Pairing
 from remus_colo.relocation.server import Server
 from remus_colo.relocation.wire import Message
+from remus_colo.session import signals
 from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.colo_backup import ColoBackupSession
 from remus_colo.session.creation import Creation, RemusCreation
@@ -158,12 +158,11 @@ def _body(argv: Sequence[str]) -> int:
     background = None if options.foreground else service.Background()
     with service.pid_file(options.pid_file):
         daemon = Daemon(options)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: daemon.stop())
-        if background is not None:
-            background.ready()
-        service.notify("READY=1")
-        daemon.run()
+        with signals.ending(lambda _: daemon.stop()):
+            if background is not None:
+                background.ready()
+            service.notify("READY=1")
+            daemon.run()
     return int(ExitStatus.OK)
 
 
