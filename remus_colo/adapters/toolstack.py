@@ -21,7 +21,9 @@ def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
     try:
         done = subprocess.run(("xl", *args), capture_output=True, text=True, timeout=timeout_s, check=False)
     except subprocess.TimeoutExpired as error:
-        raise XenError(f"xl {args[0]} did not end within {timeout_s:g} s", operation=f"xl {args[0]}") from error
+        raise XenError(
+            f"xl {args[0]} did not end within {timeout_s:g} s", operation=f"xl {args[0]}"
+        ) from error
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise XenError(
@@ -47,7 +49,9 @@ def find_domain(name_or_domid: str) -> int:
         try:
             domid = int(_xl("domid", name_or_domid))
         except (XenError, ValueError) as error:
-            raise DomainError(f"there is no domain named {name_or_domid!r} on this host: see `xl list`") from error
+            raise DomainError(
+                f"there is no domain named {name_or_domid!r} on this host: see `xl list`"
+            ) from error
     if domid == 0:
         raise DomainError("domain 0 is this host's control domain: name a guest")
     return domid
@@ -107,7 +111,9 @@ def destroy(domid: int) -> None:
     try:
         _xl("destroy", str(domid))
     except XenError as error:
-        if "not" in str(error) and ("exist" in str(error) or "found" in str(error) or "invalid" in str(error)):
+        if "not" in str(error) and (
+            "exist" in str(error) or "found" in str(error) or "invalid" in str(error)
+        ):
             return
         try:
             _xl("domname", str(domid))

@@ -91,13 +91,20 @@ esac
 
 
 @pytest.mark.parametrize("domid", [7, "7", "web", "0e8b1a55-7d0f-4d3c-9d6a-0123456789AB"])
-def test_a_domain_is_found_by_name_number_or_uuid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domid: int | str) -> None:
+def test_a_domain_is_found_by_name_number_or_uuid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, domid: int | str
+) -> None:
     (tmp_path / "xl").write_text(XL)
     (tmp_path / "xl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     domain = vm.VM(domid)
     assert (domain.domid, domain.name) == (7, "web")
-    for absent in ("nosuch", 8, "0e8b1a55-7d0f-4d3c-9d6a-000000000000", "00000000-0000-0000-0000-000000000000"):
+    for absent in (
+        "nosuch",
+        8,
+        "0e8b1a55-7d0f-4d3c-9d6a-000000000000",
+        "00000000-0000-0000-0000-000000000000",
+    ):
         with pytest.raises(vm.VMException, match="error looking up domain"):
             vm.VM(absent)
 
@@ -105,7 +112,9 @@ def test_a_domain_is_found_by_name_number_or_uuid(tmp_path: Path, monkeypatch: p
 def test_one_device_is_a_dictionary_several_are_a_list() -> None:
     one = vm.parsedominfo(["domain", ["domid", 1], ["device", ["vif", ["mac", "a"]]]])
     assert one == {"domid": 1, "device": {"vif": {"mac": "a"}}}
-    two = vm.parsedominfo(["domain", ["device", ["vif", ["mac", "a"]]], ["device", ["vif", ["mac", "b"]]], ["cpus", [[1]]], []])
+    two = vm.parsedominfo(
+        ["domain", ["device", ["vif", ["mac", "a"]]], ["device", ["vif", ["mac", "b"]]], ["cpus", [[1]]], []]
+    )
     assert two["device"]["vif"] == [{"mac": "a"}, {"mac": "b"}]
 
 
@@ -146,7 +155,16 @@ def test_headers() -> None:
     assert not colo.startswith(image.SIGNATURE.encode())
     assert image.VMImage(io.BytesIO(colo)).colo
     empty = b"LinuxGuestRecord" + struct.pack("!i", 1)
-    for broken in (b"", b"LinuxGuestRecor", header[:30], b"X" + header[1:], empty, empty + b" ", empty + b"(", empty + b"a"):
+    for broken in (
+        b"",
+        b"LinuxGuestRecor",
+        header[:30],
+        b"X" + header[1:],
+        empty,
+        empty + b" ",
+        empty + b"(",
+        empty + b"a",
+    ):
         with pytest.raises(image.VMParseException):
             image.VMImage(io.BytesIO(broken))
 
@@ -166,7 +184,9 @@ CHECKPOINT = record(libxc.CHECKPOINT, b"")
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_a_series_of_checkpoints_becomes_the_last_of_them(tmp_path: Path, compact: bool) -> None:
-    start = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32) + record(0x10, b"")
+    start = (
+        image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32) + record(0x10, b"")
+    )
     (tmp_path / "0").write_bytes(start + page_data((0, 1), (1, 1)) + record(4, b"first") + CHECKPOINT)
     (tmp_path / "1").write_bytes(page_data((1, 2)) + record(4, b"second") + CHECKPOINT)
     (tmp_path / "2").write_bytes(page_data((0, 3)) + record(4, b"broken off"))
@@ -247,7 +267,9 @@ def test_a_migration_socket_goes_where_the_configuration_says(
     monkeypatch.setattr(protection, "connect", refuse)
     with pytest.raises(OSError, match="that is all"):
         save.MigrationSocket(("backup", port))
-    assert [(options.destination, options.port, options.tls is not None) for options in seen] == [("backup", used, with_tls)]
+    assert [(options.destination, options.port, options.tls is not None) for options in seen] == [
+        ("backup", used, with_tls)
+    ]
 
 
 def test_a_reader_that_is_gone() -> None:
@@ -276,7 +298,9 @@ def test_keepalive() -> None:
     assert calls[-1] == {"stop": True}
 
 
-@pytest.mark.parametrize(("answer", "on"), [(None, True), (True, True), (1, True), (False, False), (0, False)])
+@pytest.mark.parametrize(
+    ("answer", "on"), [(None, True), (True, True), (1, True), (False, False), (0, False)]
+)
 def test_what_a_callback_says(answer: object, on: bool) -> None:
     assert goes_on(lambda: answer) is on
     assert Calls(checkpoint=lambda: answer).committed() is on
@@ -333,7 +357,11 @@ def test_a_disk_on_drbd(drbd_tools: Callable[[str, str], Path]) -> None:
     log = drbd_tools("D", "Connected")
     disk = device.ReplicatedDisk(blkdev.parse({"uname": "drbd:r0", "dev": "xvda:disk", "mode": "w"}))
     path = log.parent / "device"
-    assert log.read_text().splitlines() == ["drbdadm sh-dev r0", f"drbdsetup {path} show", "drbdadm cstate r0"]
+    assert log.read_text().splitlines() == [
+        "drbdadm sh-dev r0",
+        f"drbdsetup {path} show",
+        "drbdadm cstate r0",
+    ]
     assert disk.ctlfd is not None and os.path.samestat(os.fstat(disk.ctlfd.fileno()), path.stat())
     assert (disk.is_drbd, disk.ackwait) == (True, False)
     with pytest.raises(NetworkError, match="did not take a checkpoint"):
@@ -345,7 +373,9 @@ def test_a_disk_on_drbd(drbd_tools: Callable[[str, str], Path]) -> None:
     assert disk.ctlfd is None
 
 
-@pytest.mark.parametrize(("protocol", "state", "said"), [("C", "Connected", "protocol C"), ("D", "StandAlone", "is StandAlone")])
+@pytest.mark.parametrize(
+    ("protocol", "state", "said"), [("C", "Connected", "protocol C"), ("D", "StandAlone", "is StandAlone")]
+)
 def test_a_disk_that_drbd_does_not_keep(
     drbd_tools: Callable[[str, str], Path], protocol: str, state: str, said: str
 ) -> None:
@@ -379,7 +409,11 @@ def test_a_plug_request() -> None:
     plug.action = qdisc.TC_PLUG_RELEASE_ONE
     packed = qdisc.changerequest(5, qdisc.TC_H_ROOT, plug).pack()
     message = netlink.nlmsg(packed)
-    assert (message.nlmsg_len, message.nlmsg_type, message.nlmsg_flags) == (len(packed), netlink.RTM_NEWQDISC, 1)
+    assert (message.nlmsg_len, message.nlmsg_type, message.nlmsg_flags) == (
+        len(packed),
+        netlink.RTM_NEWQDISC,
+        1,
+    )
     about = netlink.tcmsg(message.body)
     assert (about.tcm_ifindex, about.tcm_parent) == (5, 0xFFFFFFFF)
     attributes = {found.rta_type: found.body for found in netlink.rtattrlist(about.rta)}

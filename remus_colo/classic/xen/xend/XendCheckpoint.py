@@ -135,7 +135,9 @@ def restore(
     if not 0 < length <= CONFIG_LIMIT_BYTES:
         raise XendError(f"not a valid guest state file: a configuration of {length} bytes")
     try:
-        name = str(image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))["name"])
+        name = str(
+            image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))["name"]
+        )
     except (image.VMParseException, KeyError) as error:
         raise XendError("not a valid guest state file: config parse") from error
     _refuse_existing(name)
