@@ -37,7 +37,8 @@ struct colo_config {
     uint64_t secondary_bytes;   /* kept of the SVM because it is ahead; more ask for a checkpoint */
     uint32_t held_packets;      /* as held_bytes */
     uint32_t flows;             /* known at a time; more ask for a checkpoint */
-    uint32_t own_sequence;      /* 1: the SVM's TCP may come in its own sequence space (no rewriter in between) */
+    uint32_t own_sequence;      /* the SVM's TCP: 0 in the PVM's sequence space, 1 perhaps in its own (no rewriter in
+                                   between), 2 in its own wherever its SYN has been seen */
     uint64_t seed[2];           /* secret of the hash tables: random, so that nobody can choose colliding flows */
 };
 

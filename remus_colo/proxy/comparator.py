@@ -7,7 +7,7 @@ back which packets leave now and whether a checkpoint is needed.  See ``docs/com
 The work is done in C (``_native/compare.h``, which a C loop may call directly); this is its face for Python.
 
 The invariant, which :meth:`Comparator.check_invariants` and the tests check: no packet of the PVM leaves before the SVM
-agreed with it or its epoch was committed; the packets of a flow leave in order; each leaves once.
+agreed with it or its epoch was committed; the packets of a TCP flow leave in order; each leaves once.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class CompareConfig:
     :ivar idle_flow_s: a flow without packets for so long is forgotten, within as long again.
     :ivar own_sequence: the SVM's TCP may come in its own sequence space, because there is no rewriter in between.  For
         captures: live, such a connection would not survive a failover.
+    :ivar before_rewriter: it does so in every connection whose SYN the SVM is seen to send.
     """
 
     compare_timeout_s: float = 1.0
@@ -118,6 +119,7 @@ class CompareConfig:
     secondary_bytes: int = 8 << 20
     idle_flow_s: float = 300.0
     own_sequence: bool = False
+    before_rewriter: bool = False
 
     @classmethod
     def from_limits(cls, compare_timeout_s: float, limits: Mapping[str, int]) -> CompareConfig:
@@ -176,7 +178,7 @@ def make_config(ffi: Any, config: CompareConfig) -> Any:
             "held_packets": config.held_packets,
             "flows": config.flows,
             "secondary_bytes": config.secondary_bytes,
-            "own_sequence": config.own_sequence,
+            "own_sequence": 2 if config.before_rewriter else int(config.own_sequence),
             "seed": (int.from_bytes(seed[:8], "little"), int.from_bytes(seed[8:], "little")),
         },
     )

@@ -31,6 +31,7 @@ from remus_colo.proxy.comparator import (
     nanoseconds,
 )
 from remus_colo.proxy.pcap import Capture, Record
+from remus_colo.proxy.vantage import before_rewriter
 
 ETHERNET_BYTES = 14
 ETHERTYPE_IPV4 = 0x0800
@@ -111,7 +112,11 @@ class Replay:
         self._timeout_ns = nanoseconds(config.compare.compare_timeout_s)
         self._checkpoint_ns = nanoseconds(config.checkpoint_s)
         self._tail_ns = None if config.tail_s is None else nanoseconds(config.tail_s)
-        self._comparator = Comparator(config.compare, 0.0)
+        compare = config.compare
+        if compare.own_sequence:
+            own = before_rewriter(split_frame(secondary.record(index))[:2] for index in range(len(secondary)))
+            compare = dataclasses.replace(compare, own_sequence=own is not False, before_rewriter=bool(own))
+        self._comparator = Comparator(compare, 0.0)
         self._commit_ns: int | None = None  # when the checkpoint under way completes
         self._pending: CheckpointRequest | None = None  # asked for meanwhile, of the new epoch
         self._oldest = self._seen = 0

@@ -120,6 +120,58 @@ def test_the_guest_opens_a_connection_from_another_port():
     assert bench.p(tcp(100, 0, SYN, port=4000)) == ((2,), None), "the SVM is a copy that has sent it"
 
 
+@pytest.mark.parametrize("late", ["pvm", "svm"])
+def test_ports_used_again_and_again_while_one_side_is_late(late):
+    bench = Bench()
+    one, other = (bench.p, bench.s) if late == "svm" else (bench.s, bench.p)
+    for side in (one, other):
+        for number in range(10):
+            isn, ack = 100_000 * number, 9000 * number
+            packets = (
+                tcp(isn if side == bench.p else isn + 7000, ack, SYN | ACK),
+                tcp(isn + 1, ack + 5, ACK, b"answer %d" % number),  # behind the rewriter
+                tcp(isn + 9, ack + 6, FIN | ACK),
+            )
+            assert [side(packet)[1] for packet in packets] == [None] * 3
+    assert bench.comparator.counters.released_equal == 30
+
+
+@pytest.mark.parametrize("late", ["pvm", "svm"])
+def test_attempts_that_are_refused_one_after_another(late):
+    bench = Bench()
+    one, other = (bench.p, bench.s) if late == "svm" else (bench.s, bench.p)
+    for side in (one, other):
+        for ack in range(100, 600, 100):
+            assert side(tcp(0, ack, RST | ACK))[1] is None
+    assert bench.comparator.counters.released_equal == 5
+    bench.p(tcp(0, 900, RST | ACK))
+    assert bench.tick(1.0) == ((), Reason.TCP_TIMEOUT), "this one the SVM has not refused"
+
+
+@pytest.mark.parametrize("again", ["pvm", "svm"])
+def test_one_attempt_answered_twice_with_different_numbers(again):
+    """As after SYN cookies, or where the first answer was forgotten."""
+    bench = Bench()
+    bench.p(tcp(100, 50, SYN | ACK))
+    bench.s(tcp(900, 50, SYN | ACK))
+    base = 100
+    if again == "pvm":
+        base = 5000
+        assert bench.p(tcp(base, 50, SYN | ACK)) == ((2,), None)
+    else:
+        assert bench.s(tcp(7000, 50, SYN | ACK)) == HOLD
+    bench.p(tcp(base + 1, 60, ACK, b"answer"))
+    assert bench.s(tcp(base + 1, 60, ACK, b"answer")) == ((bench.count,), None)
+
+
+def test_a_connection_that_only_the_svm_uses_asks_for_a_checkpoint():
+    bench = Bench()
+    assert bench.s(tcp(900, 50, SYN | ACK)) == HOLD and bench.tick(5.0) == HOLD, "nobody is told anything yet"
+    assert bench.s(tcp(901, 60, ACK, b"said to nobody")) == HOLD
+    assert bench.tick(6.0) == ((), Reason.TCP_TIMEOUT)
+    assert "the SVM has sent data in a connection in which the PVM has sent none" in bench.detail
+
+
 # -- TCP: the stream -------------------------------------------------------------------------------------
 
 
@@ -192,13 +244,41 @@ def test_urgent_data_is_marked_by_both_or_differs():
         assert "only one side marks it as urgent" in bench.detail
 
 
-def test_what_lies_in_too_many_pieces_diverges_rather_than_cost_ever_more():
+@pytest.mark.parametrize("late", ["pvm", "svm"])
+def test_many_urgent_marks_before_the_other_side_has_any(late):
     bench = Bench().connect()
-    for index in range(1100):
-        last = bench.comparator.primary(0.0, index + 10, tcp(200 + 2 * index, 50, ACK, b"x"))
+    one, other = (bench.p, bench.s) if late == "svm" else (bench.s, bench.p)
+    for side in (one, other):
+        for at in range(12):
+            assert side(tcp(101 + at, 50, ACK | URG, b"!", urgent=1))[1] is None
+    assert bench.comparator.counters.held == 0
+
+
+@pytest.mark.parametrize(("pvm_has_pieces", "reason"), [(True, Reason.LIMIT_PACKETS), (False, Reason.LIMIT_SECONDARY)])
+def test_a_stream_in_too_many_pieces_is_a_limit_reached(pvm_has_pieces, reason):
+    bench = Bench(held_packets=100_000).connect()
+    for index in range(20_000):
+        packet = tcp(200 + 2 * index, 50, ACK, b"x")
+        if pvm_has_pieces:
+            last = bench.comparator.primary(0.0, index + 10, packet)
+        else:
+            last = bench.comparator.secondary(0.0, packet)
         if last.checkpoint is not None:
             break
-    assert last.checkpoint.reason is Reason.TCP_PAYLOAD and "too many pieces" in last.checkpoint.detail
+    assert last.checkpoint.reason is reason and "pieces" in last.checkpoint.detail
+    bench.comparator.check_invariants()
+
+
+@pytest.mark.parametrize("pvm_has_pieces", [True, False])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_stream_in_single_bytes_costs_no_checkpoint(pvm_has_pieces, order):
+    bench = Bench().connect()
+    content = bytes(range(256)) * 12
+    whole = tcp(101, 50, ACK, content)
+    pieces = [tcp(101 + at, 50, ACK, content[at:at + 1]) for at in range(len(content))][::order]
+    one, other = (bench.p, bench.s) if pvm_has_pieces else (bench.s, bench.p)
+    assert all(one(piece) == HOLD for piece in pieces)
+    assert len(other(whole)[0]) == bench.count - 1 and bench.comparator.counters.held == 0
 
 
 # -- IPv6, fragments, VLANs ------------------------------------------------------------------------------
@@ -285,6 +365,30 @@ def test_what_only_the_svm_sends_in_a_datagram_ages_without_a_checkpoint():
     assert bench.p(udp(b"3")) == ((2,), None), "the PVM's second was lost on the way"
     assert bench.tick(9.0) == HOLD
     assert bench.comparator.counters.secondary_dropped == 1
+
+
+def test_a_datagram_that_is_lost_holds_up_no_other():
+    bench = Bench()
+    for payload in (b"1", b"lost", b"2"):
+        bench.p(udp(payload))
+    assert bench.s(udp(b"1")) == ((1,), None)
+    assert bench.s(udp(b"2")) == ((3,), None)
+    bench.cut()
+    bench.p(udp(b"3"))
+    bench.p(udp(b"4"))
+    bench.resume()
+    assert bench.s(udp(b"4")) == HOLD, "nothing of the new epoch before the commit"
+    assert bench.commit() == ((2, 5), None)
+    assert bench.s(udp(b"3")) == ((4,), None)
+
+
+def test_ip_behind_a_length_and_a_snap_header_is_ip():
+    bench = Bench()
+    snap = b"\xaa\xaa\3\0\0\0\x08\0"
+    assert bench.p(snap + udp(b"a"), 4) == HOLD  # ETH_P_802_2, as the kernel says
+    assert bench.s(snap + udp(b"a", ident=7), 4) == ((1,), None)
+    assert bench.p(b"\xaa\xaa\3\0\0\x0c\x20\0" + bytes(40), 4) == ((2,), None), "CDP"
+    assert bench.p(b"\xaa\xaa\3\0\0\0", 4) == ((3,), None)
 
 
 def test_trailing_bytes_of_a_datagram_count():

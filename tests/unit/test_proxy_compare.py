@@ -343,13 +343,13 @@ def test_release_all_in_order_of_arrival_and_from_then_on_at_once():
     assert bench.cut() == 0 and bench.tick(99.0) == HOLD
 
 
-def test_udp_matches_anywhere_and_leaves_in_order():
+def test_udp_matches_anywhere_and_leaves_at_once():
     bench = Bench()
     bench.p(udp(b"a", ident=1))
     bench.p(udp(b"b"))
     bench.p(udp(b"b"))
-    assert bench.s(udp(b"b", ident=2)) == HOLD
-    assert bench.s(udp(b"a")) == ((1, 2), None)
+    assert bench.s(udp(b"b", ident=2)) == ((2,), None), "not held up by what the SVM may have lost"
+    assert bench.s(udp(b"a")) == ((1,), None)
     assert bench.s(udp(b"b", port=54)) == HOLD, "another flow"
     assert bench.tick(1.0) == ((), Reason.UDP_TIMEOUT)
 
@@ -521,7 +521,7 @@ def test_svm_output_is_bounded():
     for number in range(9):
         bench.s(udp(bytes([number]) * 100))
     assert bench.p(udp(b"\0" * 100)) == HOLD
-    assert bench.p(udp(b"\x08" * 100)) == HOLD, "behind"
+    assert bench.p(udp(b"\x08" * 100))[0] == (5,), "the latest were kept"
 
 
 def test_idle_flows_are_forgotten_and_found_again():

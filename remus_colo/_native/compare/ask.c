@@ -19,7 +19,9 @@ void ask_difference(struct colo *c, const struct state *s, struct difference dif
     int reason = COLO_TCP_PAYLOAD;
 
     c->counters.diverged++;
-    if (difference.kind == DIFF_ECHO)
+    if (difference.kind == DIFF_PIECES)
+        reason = COLO_LIMIT_PACKETS;
+    else if (difference.kind == DIFF_ECHO)
         reason = COLO_ICMP_PAYLOAD;
     else if (difference.kind >= DIFF_RESET_DATA)
         reason = COLO_TCP_RESET;

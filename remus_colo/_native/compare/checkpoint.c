@@ -92,7 +92,7 @@ int colo_commit(struct colo *c, int64_t now_ns)
         struct flow *flow = CONTAINER(link, struct flow, touched);
 
         flow_forget_saved(c, flow);
-        compare_drain(c, flow);
+        compare_drain_all(c, flow);
     }
     if (c->flow_count >= c->config.flows)
         flow_forget_to(c, c->config.flows / 2);

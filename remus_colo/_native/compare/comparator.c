@@ -50,8 +50,21 @@ static bool ready(struct colo *c, struct flow *flow, struct held *h)
     return flow->kind == KIND_TCP ? stream_ready(c, flow->state, h) : h->matched;
 }
 
+/* Its packets need not leave in order: a datagram that has its equal is not held up by one that is lost. */
+static bool unordered(const struct flow *flow)
+{
+    return flow->kind == KIND_UDP || flow->kind == KIND_ICMP;
+}
+
+static void leave(struct colo *c, struct held *h)
+{
+    epoch_leave(c->epoch, h);
+    out_held(c, h, COLO_EQUAL);
+    held_free(c, h);
+}
+
 /* Release what may leave at the head of the flow; nothing while an older epoch is not committed. */
-void compare_drain(struct colo *c, struct flow *flow)
+static void drain(struct colo *c, struct flow *flow)
 {
     if (c->cut)
         return;
@@ -60,9 +73,25 @@ void compare_drain(struct colo *c, struct flow *flow)
 
         if (!ready(c, flow, h))
             return;
-        epoch_leave(c->epoch, h);
-        out_held(c, h, COLO_EQUAL);
-        held_free(c, h);
+        leave(c, h);
+    }
+}
+
+/* After a commit: what has become ready meanwhile. */
+void compare_drain_all(struct colo *c, struct flow *flow)
+{
+    struct link *link, *next;
+
+    if (!unordered(flow)) {
+        drain(c, flow);
+        return;
+    }
+    for (link = flow->held.next; link != &flow->held; link = next) {
+        struct held *h = CONTAINER(link, struct held, in_flow);
+
+        next = link->next;
+        if (h->matched)
+            leave(c, h);
     }
 }
 
@@ -108,7 +137,7 @@ void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struc
             request->amount = h->lacks;
         }
     }
-    if (list_empty(&flow->held) && !c->cut && !entered && ready(c, flow, h)) {
+    if ((list_empty(&flow->held) || unordered(flow)) && !c->cut && !entered && ready(c, flow, h)) {
         out_held(c, h, COLO_EQUAL);
         held_free(c, h);
         return;
@@ -116,7 +145,10 @@ void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struc
     held_wait(c, flow, h, p);
     if (!entered)
         epoch_enter(c->epoch, h);
-    compare_drain(c, flow); /* a PVM segment can complete what earlier ones of its flow wait for */
+    if (unordered(flow) && h->matched && !c->cut)
+        leave(c, h);
+    else
+        drain(c, flow); /* a PVM segment can complete what earlier ones of its flow wait for */
     ask_limits(c);
 }
 
@@ -233,6 +265,7 @@ static void secondary_fragment(struct colo *c, int64_t now_ns, const struct pack
 static void secondary_whole(struct colo *c, int64_t now_ns, const struct packet *p)
 {
     uint64_t hash, kept;
+    struct held *equal = NULL;
     struct flow *flow;
     struct state *s;
 
@@ -260,15 +293,20 @@ static void secondary_whole(struct colo *c, int64_t now_ns, const struct packet 
     if (flow->kind == KIND_TCP) {
         stream_secondary(c, s, p);
         note_lead(c, now_ns, s);
-    } else if (datagram_secondary(c, s, c->epoch, p, now_ns)) {
-        contradicts(c, s, p, true);
+    } else {
+        equal = datagram_secondary(c, s, c->epoch, p, now_ns);
+        if (!equal)
+            contradicts(c, s, p, true);
     }
     c->epoch->kept_bytes += s->kept_bytes - kept;
     if (s->kept_bytes && !linked(&s->buffered))
         list_append(&c->epoch->buffered, &s->buffered);
     if (c->epoch->kept_bytes > c->config.secondary_bytes && s->kept_bytes > kept)
         shrink(c, s);
-    compare_drain(c, flow);
+    if (equal && unordered(flow) && !c->cut)
+        leave(c, equal);
+    else
+        drain(c, flow);
 }
 
 void compare_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame)

@@ -49,13 +49,13 @@ void stream_check_urgent(struct colo *c, struct state *s, const struct conn *con
 void stream_check_reset(struct colo *c, struct state *s, struct conn *conn)
 {
     if (conn->secondary_rst && !conn->primary_rst && conn == s->secondary) {
-        const struct run *missing = conn->primary.first;
+        int64_t missing = runs_start(&conn->primary);
 
         if (conn->has_isn && !conn->has_secondary_isn && conn->secondary_rst_has_ack && conn->primary_ack != NOWHERE &&
             conn->secondary_rst_ack == (uint32_t)conn->primary_ack)
             stream_differ(c, s, conn, conn->origin, DIFF_SYN_RESET, 0, 0);
-        else if (missing && conn->secondary_rst_at != NOWHERE && missing->start >= conn->secondary_rst_at)
-            stream_differ(c, s, conn, missing->start, DIFF_RESET_DATA, 0, 0);
+        else if (missing != NOWHERE && conn->secondary_rst_at != NOWHERE && missing >= conn->secondary_rst_at)
+            stream_differ(c, s, conn, missing, DIFF_RESET_DATA, 0, 0);
         else if (conn->primary_fin != NOWHERE && conn->primary_fin >= conn->watermark && conn->secondary_fin == NOWHERE &&
                  conn->secondary_rst_at != NOWHERE && conn->primary_fin >= conn->secondary_rst_at)
             stream_differ(c, s, conn, conn->primary_fin, DIFF_RESET_DATA, 0, 0);

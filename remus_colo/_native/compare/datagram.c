@@ -138,8 +138,8 @@ void datagram_primary(struct colo *c, struct state *s, struct held *h, const str
     list_append(&content->entries, &h->in_content);
 }
 
-/* An SVM datagram: true if it is kept because the PVM has not sent its equal. */
-bool datagram_secondary(struct colo *c, struct state *s, struct epoch *epoch, const struct packet *p, int64_t now_ns)
+/* An SVM datagram: returns its equal, which waited for it; NULL if there is none, and it is kept. */
+struct held *datagram_secondary(struct colo *c, struct state *s, struct epoch *epoch, const struct packet *p, int64_t now_ns)
 {
     uint64_t hash = content_hash(c, s, p);
     struct content *content = content_find(c, s, p, hash);
@@ -150,7 +150,7 @@ bool datagram_secondary(struct colo *c, struct state *s, struct epoch *epoch, co
 
         datagram_let_go(c, h);
         h->matched = true;
-        return false;
+        return h;
     }
     if (!content)
         content = content_new(c, s, hash, false);
@@ -161,7 +161,7 @@ bool datagram_secondary(struct colo *c, struct state *s, struct epoch *epoch, co
     list_append(&content->entries, &early->in_content);
     list_append(&epoch->early, &early->in_epoch);
     s->kept_bytes += early->buf->size + DATAGRAM_OVERHEAD_BYTES;
-    return true;
+    return NULL;
 }
 
 /*

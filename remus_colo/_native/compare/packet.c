@@ -389,6 +389,20 @@ malformed:
     return PACKET_COMPARED;
 }
 
+/*
+ * Instead of a type a frame may have its length and a SNAP header (RFC 1042), whose type counts; IEEE 802.3 gives types
+ * from 0x600 on.  The kernel tells of such frames by numbers of its own (ETH_P_802_3 and the like), which are below that, too.
+ */
+static void unwrap_snap(uint16_t *ethertype, struct view *frame)
+{
+    static const uint8_t header[] = {0xaa, 0xaa, 3, 0, 0, 0};
+
+    if (*ethertype >= 0x600 || frame->size < 8 || memcmp(frame->data, header, sizeof(header)))
+        return;
+    *ethertype = get16(frame->data + 6);
+    *frame = behind(*frame, 8);
+}
+
 static bool is_vlan(uint16_t ethertype)
 {
     return ethertype == TYPE_8021Q || ethertype == TYPE_8021AD || ethertype == TYPE_QINQ;
@@ -417,6 +431,7 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
         ethertype = get16(untagged.data + 2);
         untagged = behind(untagged, 4);
     }
+    unwrap_snap(&ethertype, &untagged);
     if (ethertype == TYPE_IPV4) {
         verdict = parse_ipv4(p, untagged);
     } else if (ethertype == TYPE_IPV6) {

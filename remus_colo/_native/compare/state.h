@@ -21,15 +21,17 @@
 
 #define DATAGRAM_OVERHEAD_BYTES 200 /* what keeping one costs beside its payload; bounds empty ones, too */
 #define RUN_OVERHEAD_BYTES 64
-#define RUNS_MAX 1024      /* of one side: what is cut up more is not kept, or diverges */
+#define RUNS_MAX 16384 /* of one side: more pieces are a limit reached */
+#define RUNS_FIRST 4   /* runs that an array begins with room for */
 #define FRAGMENTS_MAX 2048 /* of one datagram: more than 64 KiB at the smallest MTU have */
-#define URGENT_KEPT 4
+#define URGENT_KEPT 16  /* marks of one side that are remembered */
+#define REFUSED_KEPT 8  /* refused connection attempts of the SVM that are */
+#define AHEAD_MAX 16    /* connections that the SVM may be ahead of the PVM in one flow */
 
 /* -- TCP -- */
 
 /* Bytes of one side above the watermark. */
 struct run {
-    struct run *next;
     int64_t start;
     const uint8_t *data; /* in buf */
     struct buf *buf;
@@ -38,8 +40,8 @@ struct run {
 
 /* Disjoint, in ascending order. */
 struct runs {
-    struct run *first, *last;
-    uint32_t count;
+    struct run *array; /* count runs from first on; NULL if there are none */
+    uint32_t first, count, room;
     uint64_t bytes; /* with overhead */
 };
 
@@ -61,6 +63,8 @@ struct conn {
     uint32_t shift;              /* SVM's own sequence space to the PVM's */
     bool primary_seen, secondary_seen, has_isn, has_secondary_isn;
     bool primary_rst, secondary_rst, secondary_rst_has_ack, primary_rst_has_ack;
+    bool assumed;   /* the SVM's initial sequence number is what a checkpoint has made it, not one that was seen */
+    bool answers;   /* it was begun by a SYN with an acknowledgement: answered */
     bool midstream; /* began without a SYN or a cut: what is below origin is not known to be good */
     bool urgent;    /* one of them has marked urgent data */
     bool extra;     /* there may be more of the SVM's than secondary: low, syn_payload */
@@ -69,7 +73,10 @@ struct conn {
     struct conn *next; /* newer */
     struct runs low; /* the SVM's bytes below the origin, if midstream */
     int64_t secondary_rst_at;
+    uint32_t answered; /* what the SYN-ACK acknowledges: tells one attempt of the client from another */
     uint32_t secondary_rst_ack, primary_rst_ack;
+    uint32_t refused[REFUSED_KEPT]; /* what the SVM's refusals acknowledge, newest first */
+    uint32_t refusals;
     struct buf *rst_payload; /* of the SVM's RST */
     struct buf *syn_payload; /* of an SVM's SYN that came before the PVM's (TCP fast open, RFC 7413) */
     int64_t primary_urgent[URGENT_KEPT], secondary_urgent[URGENT_KEPT]; /* urgent positions, newest first */
@@ -265,6 +272,7 @@ struct colo {
     struct flow **flows;
     struct link flow_list; /* oldest check for idleness first */
     uint64_t flow_count;
+    uint64_t conn_count; /* connections that lie outside their flow */
     uint64_t flow_mask, content_mask;
     struct content **contents;
     struct assembly **assemblies;
@@ -328,8 +336,8 @@ int64_t runs_contradict(const struct runs *runs, int64_t start, const uint8_t *d
 /* The byte at a position that runs hold. */
 uint8_t runs_byte(const struct runs *runs, int64_t position);
 
-/* The first position from start on that runs do not hold. */
-int64_t runs_reach(const struct runs *runs, int64_t start);
+/* The first position from start on that runs do not hold, as far as it lies before end; otherwise end, or one behind it. */
+int64_t runs_reach(const struct runs *runs, int64_t start, int64_t end);
 
 /* Whether runs hold these bytes; *where is the first position that is missing or differs. */
 enum cover runs_cover(const struct runs *runs, int64_t start, const uint8_t *data, uint32_t size, int64_t *where);
@@ -337,16 +345,31 @@ enum cover runs_cover(const struct runs *runs, int64_t start, const uint8_t *dat
 /* Index of the first differing byte of two that differ. */
 uint32_t first_difference(const uint8_t *one, const uint8_t *other, uint32_t size);
 
+static inline struct run *runs_at(const struct runs *runs, uint32_t index)
+{
+    return runs->array + runs->first + index;
+}
+
+static inline int64_t runs_start(const struct runs *runs)
+{
+    return runs->count ? runs_at(runs, 0)->start : NOWHERE;
+}
+
 static inline int64_t runs_end(const struct runs *runs)
 {
-    return runs->last ? runs->last->start + runs->last->size : NOWHERE;
+    const struct run *last;
+
+    if (!runs->count)
+        return NOWHERE;
+    last = runs_at(runs, runs->count - 1);
+    return last->start + last->size;
 }
 
 /* datagram.c */
 void datagram_init(struct state *s);
 void datagram_clear(struct colo *c, struct state *s);
 void datagram_primary(struct colo *c, struct state *s, struct held *h, const struct packet *p);
-bool datagram_secondary(struct colo *c, struct state *s, struct epoch *epoch, const struct packet *p, int64_t now_ns);
+struct held *datagram_secondary(struct colo *c, struct state *s, struct epoch *epoch, const struct packet *p, int64_t now_ns);
 void datagram_drop(struct colo *c, struct early *early);
 void datagram_let_go(struct colo *c, struct held *h);
 bool datagram_contradicts(const struct state *s, const struct packet *p, bool waiting);
@@ -388,7 +411,7 @@ void out_all(struct colo *c, struct epoch *const *epochs, size_t count, enum col
 
 /* comparator.c */
 void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struct packet *p, bool entered);
-void compare_drain(struct colo *c, struct flow *flow);
+void compare_drain_all(struct colo *c, struct flow *flow);
 void compare_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame);
 void compare_again(struct colo *c, int64_t now_ns, struct held *h);
 void compare_joined(struct colo *c, int64_t now_ns, struct assembly *a);

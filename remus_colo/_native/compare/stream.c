@@ -20,9 +20,10 @@ static uint32_t agree(struct colo *c, struct state *s, struct conn *conn, bool p
     struct runs *others = primary ? &conn->secondary : &conn->primary;
     uint32_t done = 0;
 
-    while (done < size && others->first && others->first->start == conn->watermark) {
-        const uint8_t *theirs = others->first->data, *mine = data + done;
-        uint32_t count = others->first->size < size - done ? others->first->size : size - done;
+    while (done < size && others->count && runs_at(others, 0)->start == conn->watermark) {
+        const struct run *first = runs_at(others, 0);
+        const uint8_t *theirs = first->data, *mine = data + done;
+        uint32_t count = first->size < size - done ? first->size : size - done;
 
         if (memcmp(mine, theirs, count)) {
             uint32_t at = first_difference(mine, theirs, count);
@@ -41,8 +42,9 @@ static uint32_t agree(struct colo *c, struct state *s, struct conn *conn, bool p
 /* Move the watermark over all that both sides have and that is equal. */
 static void advance(struct colo *c, struct state *s, struct conn *conn)
 {
-    while (!s->diverged && conn->primary.first && conn->primary.first->start == conn->watermark) {
-        uint32_t done = agree(c, s, conn, true, conn->primary.first->data, conn->primary.first->size);
+    while (!s->diverged && conn->primary.count && runs_start(&conn->primary) == conn->watermark) {
+        const struct run *first = runs_at(&conn->primary, 0);
+        uint32_t done = agree(c, s, conn, true, first->data, first->size);
 
         if (!done)
             break;
@@ -65,6 +67,12 @@ static void check_apart(struct colo *c, struct state *s, struct conn *conn, bool
     stream_differ(c, s, conn, at, DIFF_BYTE, primary ? mine : theirs, primary ? theirs : mine);
 }
 
+static void drop_piece(struct colo *c)
+{
+    c->counters.secondary_dropped++;
+    ask_limit(c, COLO_LIMIT_SECONDARY, RUNS_MAX, RUNS_MAX, "pieces of one stream of the SVM kept");
+}
+
 /* New bytes of one side, at or above the watermark. */
 static void take(struct colo *c, struct state *s, struct conn *conn, bool primary, int64_t start, const uint8_t *data,
                  uint32_t size, struct source *source)
@@ -72,7 +80,7 @@ static void take(struct colo *c, struct state *s, struct conn *conn, bool primar
     struct runs *runs = primary ? &conn->primary : &conn->secondary;
     int64_t conflict;
 
-    if (!runs->first && start == conn->watermark) { /* in order: nothing need be kept of what the other side has */
+    if (!runs->count && start == conn->watermark) { /* in order: nothing need be kept of what the other side has */
         uint32_t done = agree(c, s, conn, primary, data, size);
 
         start += done;
@@ -91,7 +99,7 @@ static void take(struct colo *c, struct state *s, struct conn *conn, bool primar
         if (primary)
             stream_differ(c, s, conn, start, DIFF_PIECES, 0, 0);
         else
-            c->counters.secondary_dropped++;
+            drop_piece(c);
         return;
     }
     if (conn->watermark == NOWHERE)
@@ -155,9 +163,12 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
     if (conn->watermark == NOWHERE)
         conn_start(c, s, conn, start, !syn);
     before = conn->watermark;
-    h->start = start;
     data_end = start + h->size + h->lacks;
-    h->end = end = data_end + fin;
+    end = data_end + fin;
+    if (end > start) { /* the SYN itself is no unit of the stream: its number is each side's own */
+        h->start = start;
+        h->end = end;
+    }
     if (conn->midstream && start < conn->origin)
         h->low = start;
     high = conn->primary_high;
@@ -198,11 +209,25 @@ void stream_primary(struct colo *c, struct state *s, struct held *h)
     conn_recount(s, h->conn);
 }
 
+static bool has_refused(const struct conn *conn, uint32_t ack)
+{
+    for (uint32_t i = 0; i < conn->refusals; i++) {
+        if (conn->refused[i] == ack)
+            return true;
+    }
+    return false;
+}
+
 static void secondary_reset(struct colo *c, struct state *s, struct conn *conn, const struct packet *p)
 {
     conn->secondary_rst = true;
     conn->secondary_rst_has_ack = p->flags & TH_ACK;
     conn->secondary_rst_ack = p->ack;
+    if (p->flags & TH_ACK && !has_refused(conn, p->ack)) {
+        memmove(conn->refused + 1, conn->refused, (REFUSED_KEPT - 1) * sizeof(*conn->refused));
+        conn->refused[0] = p->ack;
+        conn->refusals += conn->refusals < REFUSED_KEPT;
+    }
     /* The reset of a closed port has sequence number 0 and an ACK, and says nothing of the stream. */
     if (conn->watermark != NOWHERE && !(p->seq == 0 && p->flags & TH_ACK))
         conn->secondary_rst_at = conn_unwrap(conn, conn_mapped(c, conn, p->seq));
@@ -230,7 +255,7 @@ static void take_low(struct colo *c, struct state *s, struct conn *conn, int64_t
         stream_differ(c, s, conn, conflict, DIFF_SECONDARY_REPEAT, 0, 0);
         break;
     case RUNS_FULL:
-        c->counters.secondary_dropped++;
+        drop_piece(c);
     }
 }
 
@@ -302,7 +327,7 @@ static bool said(const struct conn *conn, const struct held *h)
 
     if (conn->urgent) /* marks are compared in order */
         return false;
-    if (data_end > from && runs_reach(&conn->secondary, from) < data_end)
+    if (data_end > from && runs_reach(&conn->secondary, from, data_end) < data_end)
         return false;
     return !(h->flags & TH_FIN) || conn->secondary_fin == data_end;
 }
@@ -322,7 +347,7 @@ bool stream_ready(struct colo *c, struct state *s, struct held *h)
         const struct buf *theirs = conn->rst_payload;
 
         /* A refused connection attempt is known by what it acknowledges: a later one may be accepted. */
-        if (h->seq == 0 && h->flags & TH_ACK && (!conn->secondary_rst_has_ack || conn->secondary_rst_ack != h->wire_ack))
+        if (h->seq == 0 && h->flags & TH_ACK && !has_refused(conn, h->wire_ack))
             return false;
         return conn->secondary_rst && h->size == (theirs ? theirs->size : 0) &&
                (!h->size || !memcmp(h->data, theirs->bytes, h->size));
@@ -355,8 +380,10 @@ bool stream_leads(const struct state *s)
         return false;
     if (conn->secondary_rst && !conn->primary_rst)
         return true;
-    if (conn != s->primary || conn->watermark == NOWHERE)
+    if (conn->index < s->primary->index)
         return false;
+    if (conn->watermark == NOWHERE) /* in a connection in which the PVM has said nothing yet */
+        return conn->secondary.count || conn->secondary_fin != NOWHERE || conn->syn_payload;
     high = conn->primary_high == NOWHERE ? conn->watermark : conn->primary_high;
     return runs_end(&conn->secondary) > high || conn->secondary_fin >= high;
 }
@@ -390,9 +417,7 @@ void stream_clear(struct colo *c, struct state *s)
 
     for (struct conn *conn = s->oldest; conn; conn = next) {
         next = conn->next;
-        conn_clear(c, conn);
-        if (conn != &s->first)
-            pool_give(&c->pool, conn, sizeof(*conn));
+        conn_free(c, s, conn);
     }
     s->kept_bytes = 0;
     stream_init(s);
@@ -411,7 +436,9 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
         return;
     conn->primary_seen = conn->secondary_seen = true;
     conn->isn = conn->secondary_isn = old.isn;
-    conn->has_isn = conn->has_secondary_isn = old.has_isn;
+    conn->has_isn = conn->has_secondary_isn = conn->assumed = old.has_isn;
+    conn->answers = old.answers;
+    conn->answered = old.answered;
     conn->shift = old.shift;
     conn->reference = old.reference;
     conn->origin = old.origin;
@@ -421,6 +448,10 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
     conn->primary_rst = conn->secondary_rst = old.primary_rst;
     conn->primary_rst_has_ack = conn->secondary_rst_has_ack = old.primary_rst_has_ack;
     conn->primary_rst_ack = conn->secondary_rst_ack = old.primary_rst_ack;
+    if (old.primary_rst && old.primary_rst_has_ack) {
+        conn->refused[0] = old.primary_rst_ack;
+        conn->refusals = 1;
+    }
     conn->urgent = old.urgent;
     memcpy(conn->primary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
     memcpy(conn->secondary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
@@ -434,9 +465,9 @@ void stream_shrink(struct colo *c, struct state *s, uint64_t excess)
 
     buf_drop(&c->pool, conn->syn_payload);
     conn->syn_payload = NULL;
-    while (conn->secondary.last && before - conn_kept(conn) < excess)
+    while (conn->secondary.count && before - conn_kept(conn) < excess)
         runs_drop_last(c, &conn->secondary);
-    while (conn->low.last && before - conn_kept(conn) < excess)
+    while (conn->low.count && before - conn_kept(conn) < excess)
         runs_drop_last(c, &conn->low);
     conn_recount(s, conn);
 }

@@ -13,6 +13,7 @@ static inline int64_t later(int64_t a, int64_t b)
 /* conn.c */
 void conn_init(struct conn *conn, uint32_t index);
 void conn_clear(struct colo *c, struct conn *conn);
+void conn_free(struct colo *c, struct state *s, struct conn *conn);
 uint64_t conn_kept(const struct conn *conn);
 void conn_recount(struct state *s, struct conn *conn);
 int64_t conn_unwrap(struct conn *conn, uint32_t seq);

@@ -144,6 +144,8 @@ void words_leads(const struct state *s, char *out, size_t size)
 
     if (conn->secondary_rst && !conn->primary_rst)
         snprintf(out, size, "the SVM reset the connection, the PVM did not");
+    else if (conn->watermark == NOWHERE)
+        snprintf(out, size, "the SVM has sent data in a connection in which the PVM has sent none");
     else
         snprintf(out, size, "byte %" PRId64 " (sequence %" PRIu32 "): the SVM has sent %s, the PVM nothing",
                  conn->watermark - conn->origin, (uint32_t)conn->watermark,
