@@ -554,3 +554,9 @@ def test_how_packets_leave():
     bench.comparator.primary(0.0, 4, udp(b"z"))
     assert bench.comparator.waits_for(4) == "the SVM has sent no equal datagram" and bench.comparator.waits_for(9) is None
     assert bench.comparator.release_all(0.0).how == (How.UNPROTECTED,)
+
+
+def test_svm_output_stays_within_its_limit_when_it_is_cut_where_the_pvm_begins():
+    bench = Bench(secondary_bytes=400)
+    bench.s(tcp(100, 50, ACK, bytes(300)))
+    assert bench.p(tcp(200, 50, ACK, b"x")) == ((), Reason.TCP_PAYLOAD), "within a byte of the SVM's, and other"

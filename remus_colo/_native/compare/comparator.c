@@ -128,6 +128,8 @@ void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struc
             contradicts(c, s, p, false);
     }
     c->epoch->kept_bytes += s->kept_bytes - kept;
+    if (c->epoch->kept_bytes > c->config.secondary_bytes && s->kept_bytes > kept)
+        shrink(c, s); /* where the PVM's stream begins, what is kept of the SVM's can be cut in two, which costs */
     if (h->lacks) {
         struct request *request = ask(c, COLO_TRUNCATED, ASK_CUT_OFF);
 

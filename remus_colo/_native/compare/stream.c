@@ -457,11 +457,9 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
     memcpy(conn->secondary_urgent, old.primary_urgent, sizeof(old.primary_urgent));
 }
 
-/* Throw away the latest bytes of the SVM's connection until excess bytes are gone, as far as there are any. */
-void stream_shrink(struct colo *c, struct state *s, uint64_t excess)
+static uint64_t shrink(struct colo *c, struct state *s, struct conn *conn, uint64_t excess)
 {
-    struct conn *conn = s->secondary;
-    uint64_t before = conn_kept(conn);
+    uint64_t before = conn_kept(conn), gone;
 
     buf_drop(&c->pool, conn->syn_payload);
     conn->syn_payload = NULL;
@@ -469,5 +467,15 @@ void stream_shrink(struct colo *c, struct state *s, uint64_t excess)
         runs_drop_last(c, &conn->secondary);
     while (conn->low.count && before - conn_kept(conn) < excess)
         runs_drop_last(c, &conn->low);
+    gone = before - conn_kept(conn);
     conn_recount(s, conn);
+    return gone < excess ? excess - gone : 0;
+}
+
+/* Throw away the SVM's latest bytes, those of its latest connection first, until excess bytes are gone, as far as there are any. */
+void stream_shrink(struct colo *c, struct state *s, uint64_t excess)
+{
+    excess = shrink(c, s, s->secondary, excess);
+    for (struct conn *conn = s->oldest; conn && excess; conn = conn->next)
+        excess = shrink(c, s, conn, excess);
 }
