@@ -16,7 +16,7 @@ from typing import Any
 
 from remus_colo.adapters.xenctrl import Clock
 from remus_colo.adapters.xenstore import Store
-from remus_colo.errors import ExitStatus, MessageError, RemusError
+from remus_colo.errors import DomainError, ExitStatus, MessageError, RemusError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import BackupAction as A
 from remus_colo.failover.backup import BackupEvent as E
@@ -265,6 +265,15 @@ class BackupSession(abc.ABC):
         self._failure = str(error)
         self.event("error", text=str(error))
         self.handle(E.SVM_FAILED, reason=str(error))
+
+    def _refuse_remains(self, name: str) -> None:
+        """:raise DomainError: a domain has the name that the SVM is to have."""
+        for domid in self.store.list("/local/domain"):
+            if self.store.read(f"/local/domain/{domid}/name") == name:
+                raise DomainError(
+                    f"there is a domain {name} on this host already: if {self.creation.name} is protected here by nobody else, "
+                    f"it was left by a remusd that was killed: xl destroy {name}"
+                )
 
     def _svm_thread(
         self, name: str, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]

@@ -68,6 +68,7 @@ class ColoBackupSession(BackupSession):
     def _create_svm(self) -> None:
         creation = self.creation
         try:
+            self._refuse_remains(birth.secondary_name(creation.config["c_info"]["name"]))
             self.path = BackupPath(self.loop, creation.tag, list(creation.tunnels))
             self.lan = SvmLan(creation, self.path, self.store, self.config.lan_bridge)
             self.lan.check()  # now, not when the primary is dead

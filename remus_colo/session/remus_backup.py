@@ -21,7 +21,7 @@ from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
-from remus_colo.checkpoint.receiver import Receiver
+from remus_colo.checkpoint.receiver import INCOMING_SUFFIX, Receiver
 from remus_colo.errors import DomainError, MessageError, RemusError, StateError
 from remus_colo.failover.arbiter import LanProbe, Verdict
 from remus_colo.failover.backup import BackupEvent as E
@@ -85,6 +85,7 @@ class RemusBackupSession(BackupSession):
 
     def _create_svm(self) -> None:
         try:
+            self._refuse_remains(self.creation.config["c_info"]["name"] + INCOMING_SUFFIX)
             self._receiver = Receiver(self._receiving_config())
         except RemusError as error:
             self._svm_failed(error)

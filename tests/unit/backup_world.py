@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+from primary_world import join_all
+
 from remus_colo.adapters.backend import Vif
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.errors import PeerLost
@@ -239,7 +241,8 @@ class Primary:
 
 
 class World:
-    """:ivar verdict: of the LAN.
+    """:param names: of the domains that are there already, by domid.
+    :ivar verdict: of the LAN.
     :ivar ended: what the session's run raised, once it has ended.
     """
 
@@ -249,6 +252,7 @@ class World:
         verdict: Verdict | Exception = Verdict.DEAD,
         unknown: UnknownPolicy = UnknownPolicy.STAND_DOWN,
         bridges: tuple[str, ...] = ("xenbr0",),
+        names: dict[str, str] | None = None,
     ) -> None:
         self.faults = Faults()
         self.verdict = verdict
@@ -262,8 +266,12 @@ class World:
         control, data = (Channel(sock, generation=1, peer="the primary") for sock in ours)
         self.primary = Primary(*(Channel(sock, generation=1) for sock in theirs))
         self._stack = contextlib.ExitStack()
+        nodes = {f"/local/domain/{domid}/name": name for domid, name in (names or {}).items()}
+        store = mock.Mock(
+            list=lambda path: list(names or {}), read=lambda path: nodes.get(path, "02:00:00:00:00:02")
+        )
         patch = lambda *args: self._stack.enter_context(mock.patch.object(*args))  # noqa: E731
-        patch(backup, "Store", mock.Mock(return_value=mock.Mock(read=lambda path: "02:00:00:00:00:02")))
+        patch(backup, "Store", lambda: store)
         patch(colo_backup, "BackupPath", lambda *_: self.path)
         patch(colo_backup, "Guest", mock.Mock())
         patch(colo_backup, "GuestLayout", mock.Mock())
@@ -326,6 +334,7 @@ class World:
             self.session.shut_down()
             self.primary.leave()
             self._thread.join(PATIENCE_S)
+            join_all()
             self._stack.close()
 
     def await_event(self, name: str) -> None:

@@ -34,6 +34,14 @@ DOMID = 7
 VIF = Vif(DOMID, 0)
 
 
+def join_all() -> None:
+    """What a session leaves ends by itself, but a test that counts threads may come next."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive(), thread
+
+
 class Faults:
     """What fails, by the name of the step: each once."""
 
@@ -378,6 +386,7 @@ class World:
                 assert too_long.is_alive(), "the session did not end"
                 too_long.cancel()
                 self.backup.close()
+                join_all()
                 self.loop.close()
 
     def _destroy(self, domid: int) -> None:

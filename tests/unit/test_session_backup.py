@@ -59,6 +59,17 @@ def test_a_host_without_the_guests_bridge_refuses_at_once_and_not_when_it_is_nee
     assert "feed" not in world.faults.steps
 
 
+def test_what_a_killed_remusd_has_left_is_named_and_left_alone() -> None:
+    """It may be another's: whoever knows that it is not destroys it."""
+    world = World(names={"3": "other", "4": "web--secondary"})
+    with world.running() as primary:
+        reason = primary.expect(MessageType.REFUSE).fields["reason"]
+    assert "there is a domain web--secondary on this host already" in reason
+    assert "xl destroy web--secondary" in reason
+    assert world.destroyed == 0
+    assert world.path.closed is False
+
+
 @error_of_each_kind
 @pytest.mark.parametrize("step", ["prepare", "apply", "await_forwarding", "reset", "resume"])
 def test_whatever_fails_at_a_checkpoint(step: str, error: Exception) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from primary_world import join_all
 
 from remus_colo.errors import PeerLost
 from remus_colo.relocation.channel import Channel
@@ -47,6 +48,7 @@ class Ends:
         self.peer.close()
         self.control.close()
         self.data.close()
+        join_all()
         self.loop.close()
 
 
