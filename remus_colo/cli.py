@@ -200,7 +200,9 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
     if given.port is None:
         given.port = config["xend-relocation-ssl-port" if given.ssl else "xend-relocation-port"]
     if given.ssl and given.ssl_ca_file is None:
-        notes.append("--ssl without --ssl-ca-file: the connection is encrypted, but whoever answers as the destination is believed")
+        notes.append(
+            "--ssl without --ssl-ca-file: the connection is encrypted, but whoever answers as the destination is believed"
+        )
     if not given.colo:
         return remus_options.from_arguments(given, notes)
     for option, because in (

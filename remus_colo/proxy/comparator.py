@@ -209,8 +209,16 @@ class Comparator:
 
     # -- what the VMs send ------------------------------------------------------------------------
 
-    def primary(self, now_s: float, packet_id: int, packet: bytes, ethertype: int = 0x0800, *, vlan: int = 0,
-                wire_size: int = 0) -> Decision:
+    def primary(
+        self,
+        now_s: float,
+        packet_id: int,
+        packet: bytes,
+        ethertype: int = 0x0800,
+        *,
+        vlan: int = 0,
+        wire_size: int = 0,
+    ) -> Decision:
         """Take a packet that the PVM sent; it is held until its id is in a :class:`Decision`.
 
         :param packet_id: unique among the held packets, below 2**64.
@@ -218,16 +226,21 @@ class Comparator:
         :param vlan: VLAN id that was taken out of the frame, 0 for none.
         :param wire_size: bytes that the packet had, if the reader cut some off.
         """
-        self._lib.colo_primary(self._colo, nanoseconds(now_s), packet_id, self._as_frame(packet, ethertype, vlan, wire_size))
+        self._lib.colo_primary(
+            self._colo, nanoseconds(now_s), packet_id, self._as_frame(packet, ethertype, vlan, wire_size)
+        )
         return self.take()
 
-    def secondary(self, now_s: float, packet: bytes, ethertype: int = 0x0800, *, vlan: int = 0,
-                  wire_size: int = 0) -> Decision:
+    def secondary(
+        self, now_s: float, packet: bytes, ethertype: int = 0x0800, *, vlan: int = 0, wire_size: int = 0
+    ) -> Decision:
         """Take a packet that the SVM sent, in the PVM's sequence space.
 
         :param packet: from the network header on; may be a superpacket of several segments.
         """
-        self._lib.colo_secondary(self._colo, nanoseconds(now_s), self._as_frame(packet, ethertype, vlan, wire_size))
+        self._lib.colo_secondary(
+            self._colo, nanoseconds(now_s), self._as_frame(packet, ethertype, vlan, wire_size)
+        )
         return self.take()
 
     def tick(self, now_s: float) -> Decision:
@@ -300,7 +313,9 @@ class Comparator:
             request = CheckpointRequest(REASONS[reason - 1], self._ffi.string(detail).decode())
         out = self._out[0]
         decision = Decision(
-            tuple(out[index].id for index in range(count)), request, tuple(out[index].how for index in range(count))
+            tuple(out[index].id for index in range(count)),
+            request,
+            tuple(out[index].how for index in range(count)),
         )
         lib.colo_drained(colo)
         return decision
@@ -344,6 +359,8 @@ def describe(packet: bytes, ethertype: int = 0x0800, *, vlan: int = 0) -> tuple[
     """Whether a packet is compared, and its flow, or what it is, in words for people."""
     module = compare_module.load()
     text = module.ffi.new("char[]", _DETAIL_BYTES)
-    frame = module.ffi.new("struct colo_frame *", (module.ffi.from_buffer("uint8_t[]", packet), len(packet), 0, ethertype, vlan))
+    frame = module.ffi.new(
+        "struct colo_frame *", (module.ffi.from_buffer("uint8_t[]", packet), len(packet), 0, ethertype, vlan)
+    )
     compared = module.lib.colo_describe(frame, text, _DETAIL_BYTES)
     return bool(compared), str(module.ffi.string(text).decode())

@@ -129,10 +129,15 @@ class Replay:
             if is_secondary:
                 self._seen = index + 1
                 packet, ethertype, wire_size = split_frame(self._secondary.record(index))
-                self._take(time_ns, self._comparator.secondary(time_ns / 1e9, packet, ethertype, wire_size=wire_size))
+                self._take(
+                    time_ns, self._comparator.secondary(time_ns / 1e9, packet, ethertype, wire_size=wire_size)
+                )
             else:
                 packet, ethertype, wire_size = split_frame(self._primary.record(index))
-                self._take(time_ns, self._comparator.primary(time_ns / 1e9, index, packet, ethertype, wire_size=wire_size))
+                self._take(
+                    time_ns,
+                    self._comparator.primary(time_ns / 1e9, index, packet, ethertype, wire_size=wire_size),
+                )
         tail_ns = 2 * (self._timeout_ns + self._checkpoint_ns) if self._tail_ns is None else self._tail_ns
         self._run_until(time_ns + tail_ns)
         self._finish(time_ns + tail_ns)
@@ -220,8 +225,15 @@ def explain(result: Result, primary: Capture, secondary: Capture, out: TextIO) -
         print(f"checkpoint {number} at {milliseconds(checkpoint.at_ns)} ms: {request.reason.value}", file=out)
         print(f"  {request.detail}", file=out)
         if checkpoint.waiting >= 0:
-            print(f"  the PVM's oldest packet that waited: {checkpoint.waiting} (in its file, from 0)", file=out)
-        if request.reason in (Reason.UDP_TIMEOUT, Reason.ICMP_TIMEOUT, Reason.ICMP_PAYLOAD, Reason.OTHER_TIMEOUT):
+            print(
+                f"  the PVM's oldest packet that waited: {checkpoint.waiting} (in its file, from 0)", file=out
+            )
+        if request.reason in (
+            Reason.UDP_TIMEOUT,
+            Reason.ICMP_TIMEOUT,
+            Reason.ICMP_PAYLOAD,
+            Reason.OTHER_TIMEOUT,
+        ):
             _explain_datagram(checkpoint, primary, secondary, out)
 
 
@@ -257,7 +269,7 @@ def _payload(packet: bytes) -> bytes:
     protocol = packet[9] if packet[0] >> 4 == 4 and len(packet) > 9 else packet[6] if len(packet) > 6 else 0
     checksum = {1: 2, 58: 2, 17: 6}.get(protocol)
     if checksum is not None and len(body) >= checksum + 2:
-        body[checksum:checksum + 2] = b"\0\0"
+        body[checksum : checksum + 2] = b"\0\0"
     return bytes(body)
 
 
@@ -273,7 +285,9 @@ def _byte(content: bytes, at: int) -> str:
     if at >= len(content):
         return "has ended"
     character = chr(content[at])
-    return f"0x{content[at]:02x}" + (f" ({character})" if character.isascii() and character.isprintable() else "")
+    return f"0x{content[at]:02x}" + (
+        f" ({character})" if character.isascii() and character.isprintable() else ""
+    )
 
 
 # -- command line ----------------------------------------------------------------------------------------
@@ -292,7 +306,9 @@ def parser() -> argparse.ArgumentParser:
         description="Compare what two copies of a guest sent, as remus --colo would have; prints one JSON object.",
     )
     p.add_argument("primary", metavar="PRIMARY.pcap", help="what the PVM sent (Ethernet, pcap)")
-    p.add_argument("secondary", metavar="SECONDARY.pcap", help="what the SVM sent, before or behind the rewriter")
+    p.add_argument(
+        "secondary", metavar="SECONDARY.pcap", help="what the SVM sent, before or behind the rewriter"
+    )
     p.add_argument("--compare-timeout", metavar="MS", type=_positive, default=1000.0,
                    help="how long a packet waits for its equal before a checkpoint is asked for (%(default)s)")  # fmt: skip
     p.add_argument("--checkpoint-ms", metavar="MS", type=_positive, default=0.0,
@@ -314,7 +330,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         primary, secondary = Capture(options.primary), Capture(options.secondary)
         for capture in (primary, secondary):
             if capture.cut:
-                print(f"replay: {capture.path} ends within packet {len(capture)}, which is left out", file=sys.stderr)
+                print(
+                    f"replay: {capture.path} ends within packet {len(capture)}, which is left out",
+                    file=sys.stderr,
+                )
         result = Replay(primary, secondary, config).run()
     except RemusError as error:
         print(f"replay: {error}", file=sys.stderr)

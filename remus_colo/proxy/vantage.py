@@ -18,7 +18,12 @@ def _tcp(packet: bytes, ethertype: int) -> tuple[bytes, int, int] | None:
     """Addresses and ports, sequence number and flags of a plain TCP packet."""
     while ethertype in _VLAN_TYPES and len(packet) >= 4:
         packet, ethertype = packet[4:], int.from_bytes(packet[2:4], "big")
-    if ethertype == _TYPE_IPV4 and len(packet) >= 20 and packet[9] == _TCP and not int.from_bytes(packet[6:8], "big") & 0x3FFF:
+    if (
+        ethertype == _TYPE_IPV4
+        and len(packet) >= 20
+        and packet[9] == _TCP
+        and not int.from_bytes(packet[6:8], "big") & 0x3FFF
+    ):
         addresses, at = packet[12:20], (packet[0] & 15) * 4
     elif ethertype == _TYPE_IPV6 and len(packet) >= 40 and packet[6] == _TCP:
         addresses, at = packet[8:40], 40
@@ -26,7 +31,7 @@ def _tcp(packet: bytes, ethertype: int) -> tuple[bytes, int, int] | None:
         return None
     if len(packet) < at + 20:
         return None
-    return addresses + packet[at:at + 4], int.from_bytes(packet[at + 4:at + 8], "big"), packet[at + 13]
+    return addresses + packet[at : at + 4], int.from_bytes(packet[at + 4 : at + 8], "big"), packet[at + 13]
 
 
 def before_rewriter(packets: Iterable[tuple[bytes, int]]) -> bool | None:

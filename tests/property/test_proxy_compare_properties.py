@@ -23,7 +23,9 @@ def ipv4(protocol: int, body: bytes, ident: int = 0, fragment: int = 0, ttl: int
 
 
 def tcp(seq: int, ack: int, flags: int, data: bytes = b"", port: int = 4000) -> bytes:
-    return ipv4(6, struct.pack(">HHIIBBHHH", 80, port, seq & MASK, ack & MASK, 0x50, flags, 1000, 0, 0) + data)
+    return ipv4(
+        6, struct.pack(">HHIIBBHHH", 80, port, seq & MASK, ack & MASK, 0x50, flags, 1000, 0, 0) + data
+    )
 
 
 def udp(payload: bytes, port: int = 53, **header: int) -> bytes:
@@ -110,7 +112,9 @@ def segments(draw: st.DrawFn, length: int, fin: bool, lossy: bool = True) -> lis
         for _ in range(draw(st.integers(0, 5))):  # repeats that are cut in another way
             low = draw(st.integers(0, length - 1))
             high = draw(st.integers(low + 1, length))
-            sent.insert(draw(st.integers(0, len(sent))), (low, high, fin and high == length and draw(st.booleans())))
+            sent.insert(
+                draw(st.integers(0, len(sent))), (low, high, fin and high == length and draw(st.booleans()))
+            )
         sent = draw(st.permutations(sent))
         sent = [*sent, *plain]
     return sent
@@ -136,7 +140,14 @@ def two_cuttings(draw: st.DrawFn):
 def tcp6(seq: int, ack: int, flags: int, data: bytes = b"", extension: bool = False) -> bytes:
     body = struct.pack(">HHIIBBHHH", 80, 4000, seq & MASK, ack & MASK, 0x50, flags, 1000, 0, 0) + data
     body = b"\x06\0\1\4\0\0\0\0" + body if extension else body  # destination options
-    return struct.pack(">IHBB", 6 << 28, len(body), 60 if extension else 6, 64) + bytes(15) + b"\1" + bytes(15) + b"\2" + body
+    return (
+        struct.pack(">IHBB", 6 << 28, len(body), 60 if extension else 6, 64)
+        + bytes(15)
+        + b"\1"
+        + bytes(15)
+        + b"\2"
+        + body
+    )
 
 
 @dataclass(frozen=True)
@@ -210,13 +221,13 @@ def test_what_differs_never_leaves_and_always_ends_in_a_checkpoint(
     content = data.draw(st.binary(min_size=2, max_size=200))
     at = data.draw(st.integers(0, len(content) - 1))
     if how == "flip":
-        other = content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1:]
+        other = content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :]
     elif how == "missing":
-        other = content[:at] + content[at + 1:] or b"x"
+        other = content[:at] + content[at + 1 :] or b"x"
     elif how == "extra":
         other = content[:at] + data.draw(st.binary(min_size=1, max_size=1)) + content[at:]
     else:
-        other = content[:max(at, 1)]
+        other = content[: max(at, 1)]
     if swap:
         content, other = other, content
     fin = how == "fin"
@@ -259,7 +270,11 @@ def test_an_svm_in_its_own_sequence_space(data: st.DataObject, content: bytes, i
     assume(10_000 < (isn - own) & MASK < MASK - 10_000)
     ours, theirs = data.draw(segments(len(content), True)), data.draw(segments(len(content), True))
     driver = Driver(CompareConfig(own_sequence=True))
-    steps = interleave(data.draw, [(isn, None), *((isn, part) for part in ours)], [(own, None), *((own, part) for part in theirs)])
+    steps = interleave(
+        data.draw,
+        [(isn, None), *((isn, part) for part in ours)],
+        [(own, None), *((own, part) for part in theirs)],
+    )
     for first, (number, part) in steps:
         low, high, fin = part or (-1, -1, False)
         flags = SYN | ACK if part is None else ACK | (FIN if fin else 0)
@@ -271,7 +286,9 @@ def test_an_svm_in_its_own_sequence_space(data: st.DataObject, content: bytes, i
 
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.lists(st.binary(max_size=20), min_size=1, max_size=10), st.booleans())
-def test_a_datagram_that_differs_ends_in_a_checkpoint(data: st.DataObject, ours: list[bytes], v6: bool) -> None:
+def test_a_datagram_that_differs_ends_in_a_checkpoint(
+    data: st.DataObject, ours: list[bytes], v6: bool
+) -> None:
     at = data.draw(st.integers(0, len(ours) - 1))
     how = data.draw(st.sampled_from(["other", "missing"]))
     theirs = list(ours)
@@ -307,7 +324,7 @@ class Guest:
 
     def send(self, port: int, count: int) -> bytes | None:
         low = self.sent[port]
-        data = self.written[port][low:low + count]
+        data = self.written[port][low : low + count]
         if not data:
             return None
         self.sent[port] = low + len(data)
@@ -315,14 +332,32 @@ class Guest:
 
     def repeat(self, port: int, back: int) -> bytes | None:
         low = max(0, self.sent[port] - back)
-        data = self.written[port][low:self.sent[port]]
+        data = self.written[port][low : self.sent[port]]
         return tcp(port + low, 5, ACK, data, port) if data else None
 
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["write", "write-differing", "primary", "primary", "secondary", "secondary", "repeat",
-                         "repeat-secondary", "cut", "commit", "resume", "abort", "tick", "udp", "udp-secondary", "arp"]),
+        st.sampled_from(
+            [
+                "write",
+                "write-differing",
+                "primary",
+                "primary",
+                "secondary",
+                "secondary",
+                "repeat",
+                "repeat-secondary",
+                "cut",
+                "commit",
+                "resume",
+                "abort",
+                "tick",
+                "udp",
+                "udp-secondary",
+                "arp",
+            ]
+        ),
         st.sampled_from([1000, 2000]),
         st.integers(1, 40),
     ),
@@ -340,7 +375,10 @@ def test_cut_commit_resume_and_abort_at_any_point(steps, content: bytes) -> None
     pvm, svm = Guest(), Guest()
     image: Guest | None = None  # the cut's, while it is not committed or not resumed
     committed = ran = True
-    covered: dict[int, int] = {1000: 0, 2000: 0}  # stream length that the last commit, or the SVM at its birth, covers
+    covered: dict[int, int] = {
+        1000: 0,
+        2000: 0,
+    }  # stream length that the last commit, or the SVM at its birth, covers
     said: dict[int, dict[int, int]] = {1000: {}, 2000: {}}  # position -> byte that the present SVM has sent
     meta: dict[int, tuple] = {}
     cut_at = 0
@@ -409,13 +447,13 @@ def test_cut_commit_resume_and_abort_at_any_point(steps, content: bytes) -> None
         elif action == "repeat-secondary" and image is None:
             from_secondary(port, svm.repeat(port, count))
         elif action == "udp":
-            packet = udp(content[:count % 3], ident=count)
-            meta[len(driver.sent)] = ("udp", content[:count % 3])
+            packet = udp(content[: count % 3], ident=count)
+            meta[len(driver.sent)] = ("udp", content[: count % 3])
             check(driver.primary(packet))
         elif action == "udp-secondary":
             # What comes between cut and abort counts after the abort.
-            (datagrams if image is None else between).append(content[:count % 3])
-            check(driver.secondary(udp(content[:count % 3])))
+            (datagrams if image is None else between).append(content[: count % 3])
+            check(driver.secondary(udp(content[: count % 3])))
         elif action == "arp":
             meta[len(driver.sent)] = ("arp",)
             assert driver.primary(b"\0" * 28, 0x0806).release == (len(driver.sent) - 1,)
@@ -474,7 +512,10 @@ PACKETS = st.one_of(
         st.text("ab", max_size=20).map(str.encode),
         st.integers(1, 2),
     ),
-    st.builds(lambda data: b"\x60\0\0\0" + struct.pack(">HBB", len(data), 17, 64) + bytes(32) + data, st.binary(max_size=9)),
+    st.builds(
+        lambda data: b"\x60\0\0\0" + struct.pack(">HBB", len(data), 17, 64) + bytes(32) + data,
+        st.binary(max_size=9),
+    ),
     st.builds(lambda packet, cut: packet[:cut], st.builds(udp, st.binary(max_size=3)), st.integers(0, 31)),
 )
 
@@ -483,8 +524,21 @@ PACKETS = st.one_of(
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["primary", "secondary", "primary", "secondary", "both", "both", "cut", "commit", "resume",
-                             "abort", "tick"]),
+            st.sampled_from(
+                [
+                    "primary",
+                    "secondary",
+                    "primary",
+                    "secondary",
+                    "both",
+                    "both",
+                    "cut",
+                    "commit",
+                    "resume",
+                    "abort",
+                    "tick",
+                ]
+            ),
             PACKETS,
             st.sampled_from([0x0800, 0x0800, 0x0800, 0x86DD, 0x0806, 0x8100]),
         ),
@@ -529,8 +583,12 @@ def test_no_input_breaks_it(steps, tight: bool) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_datagrams_are_matched_as_a_multiset_and_leave_at_once(data: st.DataObject) -> None:
-    ours = data.draw(st.lists(st.tuples(st.sampled_from([b"", b"a", b"b", b"cc"]), st.integers(1, 2)), max_size=15))
-    theirs = [each for each in data.draw(st.permutations(ours)) if data.draw(st.integers(0, 3))]  # some are lost
+    ours = data.draw(
+        st.lists(st.tuples(st.sampled_from([b"", b"a", b"b", b"cc"]), st.integers(1, 2)), max_size=15)
+    )
+    theirs = [
+        each for each in data.draw(st.permutations(ours)) if data.draw(st.integers(0, 3))
+    ]  # some are lost
     driver = Driver()
     said: Counter[tuple[bytes, int]] = Counter()
     sent: Counter[tuple[bytes, int]] = Counter()
@@ -547,7 +605,11 @@ def test_fragments_are_compared_after_reassembly(data: st.DataObject) -> None:
     whole = udp(data.draw(st.binary(min_size=20, max_size=90)))[20:]
 
     def fragments(ident: int) -> list[bytes]:
-        edges = [0, *sorted(data.draw(st.sets(st.sampled_from(range(8, len(whole), 8)), max_size=3))), len(whole)]
+        edges = [
+            0,
+            *sorted(data.draw(st.sets(st.sampled_from(range(8, len(whole), 8)), max_size=3))),
+            len(whole),
+        ]
         parts = [
             ipv4(17, whole[low:high], ident, low // 8 | (0x2000 if high < len(whole) else 0))
             for low, high in itertools.pairwise(edges)

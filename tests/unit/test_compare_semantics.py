@@ -39,12 +39,18 @@ def test_one_accepts_what_the_other_refuses_is_noticed_at_once(pvm_first):
     steps = [(bench.p, accept), (bench.s, refuse)]
     for call, packet in steps if pvm_first else reversed(steps):
         last = call(packet)
-    assert last == ((), Reason.TCP_RESET) and "the PVM accepted the connection, the SVM refused it" in bench.detail
+    assert (
+        last == ((), Reason.TCP_RESET)
+        and "the PVM accepted the connection, the SVM refused it" in bench.detail
+    )
     bench = Bench()
     steps = [(bench.p, refuse), (bench.s, accept)]
     for call, packet in steps if pvm_first else reversed(steps):
         last = call(packet)
-    assert last == ((), Reason.TCP_RESET) and "the PVM refused the connection, the SVM accepted it" in bench.detail
+    assert (
+        last == ((), Reason.TCP_RESET)
+        and "the PVM refused the connection, the SVM accepted it" in bench.detail
+    )
 
 
 def test_both_refuse_and_later_only_one_does():
@@ -214,14 +220,20 @@ def test_an_svm_that_stays_ahead_asks_for_a_checkpoint_but_not_while_the_pvm_fol
 def test_a_fin_of_the_svm_alone():
     bench = Bench().connect()
     bench.s(tcp(101, 50, FIN | ACK))
-    assert bench.tick(1.0) == ((), Reason.TCP_TIMEOUT) and "the SVM has sent FIN, the PVM nothing" in bench.detail
+    assert (
+        bench.tick(1.0) == ((), Reason.TCP_TIMEOUT)
+        and "the SVM has sent FIN, the PVM nothing" in bench.detail
+    )
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_the_svm_contradicts_its_own_fin(late):
     bench = Bench().connect()
     bench.s(tcp(101, 50, FIN | ACK, b"ab") if late else tcp(101, 50, ACK, b"abc"))
-    assert bench.s(tcp(101, 50, ACK, b"abc") if late else tcp(101, 50, FIN | ACK, b"ab")) == ((), Reason.TCP_PAYLOAD)
+    assert bench.s(tcp(101, 50, ACK, b"abc") if late else tcp(101, 50, FIN | ACK, b"ab")) == (
+        (),
+        Reason.TCP_PAYLOAD,
+    )
 
 
 def test_options_and_windows_may_differ_in_the_handshake_and_later():
@@ -236,11 +248,16 @@ def test_urgent_data_is_marked_by_both_or_differs():
     bench = Bench().connect()
     bench.p(tcp(101, 50, ACK | URG, b"abc", urgent=3))
     assert bench.s(tcp(101, 50, ACK | URG, b"ab", urgent=3)) == HOLD
-    assert bench.s(tcp(103, 50, ACK | URG, b"cd", urgent=1)) == ((2,), None), "the same byte, cut in another way"
+    assert bench.s(tcp(103, 50, ACK | URG, b"cd", urgent=1)) == ((2,), None), (
+        "the same byte, cut in another way"
+    )
     for ours, theirs in ((URG, 0), (0, URG)):
         bench = Bench().connect()
         bench.p(tcp(101, 50, ACK | ours, b"abc", urgent=3 if ours else 0))
-        assert bench.s(tcp(101, 50, ACK | theirs, b"abc", urgent=3 if theirs else 0)) == ((), Reason.TCP_PAYLOAD)
+        assert bench.s(tcp(101, 50, ACK | theirs, b"abc", urgent=3 if theirs else 0)) == (
+            (),
+            Reason.TCP_PAYLOAD,
+        )
         assert "only one side marks it as urgent" in bench.detail
 
 
@@ -254,7 +271,9 @@ def test_many_urgent_marks_before_the_other_side_has_any(late):
     assert bench.comparator.counters.held == 0
 
 
-@pytest.mark.parametrize(("pvm_has_pieces", "reason"), [(True, Reason.LIMIT_PACKETS), (False, Reason.LIMIT_SECONDARY)])
+@pytest.mark.parametrize(
+    ("pvm_has_pieces", "reason"), [(True, Reason.LIMIT_PACKETS), (False, Reason.LIMIT_SECONDARY)]
+)
 def test_a_stream_in_too_many_pieces_is_a_limit_reached(pvm_has_pieces, reason):
     bench = Bench(held_packets=100_000).connect()
     for index in range(20_000):
@@ -275,7 +294,7 @@ def test_a_stream_in_single_bytes_costs_no_checkpoint(pvm_has_pieces, order):
     bench = Bench().connect()
     content = bytes(range(256)) * 12
     whole = tcp(101, 50, ACK, content)
-    pieces = [tcp(101 + at, 50, ACK, content[at:at + 1]) for at in range(len(content))][::order]
+    pieces = [tcp(101 + at, 50, ACK, content[at : at + 1]) for at in range(len(content))][::order]
     one, other = (bench.p, bench.s) if pvm_has_pieces else (bench.s, bench.p)
     assert all(one(piece) == HOLD for piece in pieces)
     assert len(other(whole)[0]) == bench.count - 1 and bench.comparator.counters.held == 0
@@ -444,7 +463,9 @@ def test_frames_that_carry_something_beyond_the_link_are_compared_whole(ethertyp
     assert bench.s(b"content", ethertype ^ 0x0100) == HOLD, "another type"
     assert bench.s(b"content") == ((1,), None)
     bench.p(b"content")
-    assert bench.tick(1.0) == ((), Reason.OTHER_TIMEOUT) and f"frames of type 0x{ethertype:04x}" in bench.detail
+    assert (
+        bench.tick(1.0) == ((), Reason.OTHER_TIMEOUT) and f"frames of type 0x{ethertype:04x}" in bench.detail
+    )
     assert bench.comparator.counters.malformed == 0
 
 
@@ -490,7 +511,12 @@ def test_a_cut_that_took_only_padding_is_none():
 
 def test_svm_output_over_the_limit_asks_for_a_checkpoint():
     bench = Bench(secondary_bytes=1000)
-    assert [bench.s(udp(bytes([number]) * 100))[1] for number in range(4)] == [None, None, None, Reason.LIMIT_SECONDARY]
+    assert [bench.s(udp(bytes([number]) * 100))[1] for number in range(4)] == [
+        None,
+        None,
+        None,
+        Reason.LIMIT_SECONDARY,
+    ]
     bench = Bench(secondary_bytes=1000).connect()
     assert bench.s(tcp(101, 50, ACK, bytes(2000))) == ((), Reason.LIMIT_SECONDARY)
     bench = Bench(secondary_bytes=1000)
@@ -519,7 +545,11 @@ def test_a_port_scan_that_is_refused_costs_neither():
 def test_ended_connections_and_answered_datagrams_make_room():
     bench = Bench(flows=10)
     for port in range(1000, 1200):
-        for packet in (tcp(100, 50, SYN | ACK, port=port), tcp(101, 60, ACK, b"reply", port=port), tcp(106, 60, FIN | ACK, port=port)):
+        for packet in (
+            tcp(100, 50, SYN | ACK, port=port),
+            tcp(101, 60, ACK, b"reply", port=port),
+            tcp(106, 60, FIN | ACK, port=port),
+        ):
             bench.s(packet)
             assert bench.p(packet) == ((bench.count,), None)
         bench.s(udp(b"answer", port=port))
@@ -537,8 +567,12 @@ def test_connections_in_use_do_not_make_room():
 
 
 def test_limits_as_a_user_gives_them():
-    config = CompareConfig.from_limits(0.5, dict(parse_limits("flows=7, idle-flow-ms=900,held-bytes=5,held-packets=6,secondary-bytes=8")))
-    assert config == CompareConfig(0.5, held_bytes=5, held_packets=6, flows=7, secondary_bytes=8, idle_flow_s=0.9)
+    config = CompareConfig.from_limits(
+        0.5, dict(parse_limits("flows=7, idle-flow-ms=900,held-bytes=5,held-packets=6,secondary-bytes=8"))
+    )
+    assert config == CompareConfig(
+        0.5, held_bytes=5, held_packets=6, flows=7, secondary_bytes=8, idle_flow_s=0.9
+    )
     assert CompareConfig.from_limits(1.0, {}) == CompareConfig()
 
 
@@ -552,11 +586,16 @@ def test_how_packets_leave():
     assert bench.comparator.waits_for(3) == "the checkpoint that it belongs to is not complete"
     assert bench.comparator.commit(0.0).how == (How.COMMITTED,)
     bench.comparator.primary(0.0, 4, udp(b"z"))
-    assert bench.comparator.waits_for(4) == "the SVM has sent no equal datagram" and bench.comparator.waits_for(9) is None
+    assert (
+        bench.comparator.waits_for(4) == "the SVM has sent no equal datagram"
+        and bench.comparator.waits_for(9) is None
+    )
     assert bench.comparator.release_all(0.0).how == (How.UNPROTECTED,)
 
 
 def test_svm_output_stays_within_its_limit_when_it_is_cut_where_the_pvm_begins():
     bench = Bench(secondary_bytes=400)
     bench.s(tcp(100, 50, ACK, bytes(300)))
-    assert bench.p(tcp(200, 50, ACK, b"x")) == ((), Reason.TCP_PAYLOAD), "within a byte of the SVM's, and other"
+    assert bench.p(tcp(200, 50, ACK, b"x")) == ((), Reason.TCP_PAYLOAD), (
+        "within a byte of the SVM's, and other"
+    )

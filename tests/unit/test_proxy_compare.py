@@ -397,7 +397,10 @@ def test_icmp_error_may_quote_another_ip_header():
         (b"\0" * 28, 0x0806),
         (b"", 0x88CC),
         (ipv4(2, b"\x16\0\0\0"), 0x0800),
-        *[(ipv6(58, bytes([kind]) + bytes(7)), 0x86DD) for kind in (130, 131, 132, 133, 134, 135, 136, 137, 143)],
+        *[
+            (ipv6(58, bytes([kind]) + bytes(7)), 0x86DD)
+            for kind in (130, 131, 132, 133, 134, 135, 136, 137, 143)
+        ],
         (ipv6(0, b"\x3a\0\5\2\0\0\1\0" + b"\x8f" + bytes(7)), 0x86DD),
     ],
 )
@@ -481,8 +484,12 @@ def test_fragments_repeat_overlap_and_lack():
 def test_fragments_that_disagree_on_being_the_last_are_never_complete():
     whole = udp(bytes(40))[20:]
     bench = Bench()
-    for packet in (ipv4(17, whole[:24], 1, 0x2000), ipv4(17, whole[24:40], 1, 0x2003), ipv4(17, whole[24:40], 1, 3),
-                   ipv4(17, whole[40:], 1, 5)):
+    for packet in (
+        ipv4(17, whole[:24], 1, 0x2000),
+        ipv4(17, whole[24:40], 1, 0x2003),
+        ipv4(17, whole[24:40], 1, 3),
+        ipv4(17, whole[40:], 1, 5),
+    ):
         bench.p(packet)
     assert bench.s(udp(bytes(40))) == HOLD
     assert bench.tick(1.0) == ((), Reason.UDP_TIMEOUT)

@@ -106,16 +106,23 @@ def test_the_svm_may_be_captured_before_the_rewriter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize(("isn", "secondary_isn"), [(1000, 3000), (3000, 1000), (0, 1), (1, 0), (2**32 - 50, 77)])
-def test_numbers_close_to_each_other_and_segments_out_of_order(tmp_path: Path, before: bool, isn: int, secondary_isn: int) -> None:
+@pytest.mark.parametrize(
+    ("isn", "secondary_isn"), [(1000, 3000), (3000, 1000), (0, 1), (1, 0), (2**32 - 50, 77)]
+)
+def test_numbers_close_to_each_other_and_segments_out_of_order(
+    tmp_path: Path, before: bool, isn: int, secondary_isn: int
+) -> None:
     content = bytes(range(256)) * 30
     base = secondary_isn if before else isn
 
     def segments(start: int, size: int) -> list[bytes]:
-        return [tcp(start + 1 + at, 60, ACK, content[at:at + size]) for at in range(0, len(content), size)]
+        return [tcp(start + 1 + at, 60, ACK, content[at : at + size]) for at in range(0, len(content), size)]
 
     ours = [(0, tcp(isn, 50, SYN | ACK)), *((1 + at, part) for at, part in enumerate(segments(isn, 700)))]
-    theirs = [(0, tcp(secondary_isn, 50, SYN | ACK)), *((1.5 + at, part) for at, part in enumerate(segments(base, 1460)[::-1]))]
+    theirs = [
+        (0, tcp(secondary_isn, 50, SYN | ACK)),
+        *((1.5 + at, part) for at, part in enumerate(segments(base, 1460)[::-1])),
+    ]
     result = run(tmp_path, ours, theirs)
     assert result["checkpoints"] == [] and {packet["fate"] for packet in result["packets"]} == {"released"}
 
@@ -123,8 +130,17 @@ def test_numbers_close_to_each_other_and_segments_out_of_order(tmp_path: Path, b
 @pytest.mark.parametrize("flags", [SYN, SYN | ACK])
 def test_a_checkpoint_within_a_handshake_of_which_the_capture_shows_both(tmp_path: Path, flags: int) -> None:
     """The SVM of the capture was no copy of the PVM when the replay takes its checkpoint: its own SYN comes behind it."""
-    ours = [(0, udp(b"alone")), (990, tcp(1000, 50, flags)), (1010, tcp(1001, 60, ACK, b"data")), (1020, tcp(1005, 61, FIN | ACK))]
-    theirs = [(1000.5, tcp(7000, 50, flags)), (1011, tcp(7001, 60, ACK, b"data")), (1021, tcp(7005, 61, FIN | ACK))]
+    ours = [
+        (0, udp(b"alone")),
+        (990, tcp(1000, 50, flags)),
+        (1010, tcp(1001, 60, ACK, b"data")),
+        (1020, tcp(1005, 61, FIN | ACK)),
+    ]
+    theirs = [
+        (1000.5, tcp(7000, 50, flags)),
+        (1011, tcp(7001, 60, ACK, b"data")),
+        (1021, tcp(7005, 61, FIN | ACK)),
+    ]
     result = run(tmp_path, ours, theirs)
     assert fates(result) == [("flushed", 1000), ("flushed", 1000), ("released", 1011), ("released", 1021)]
     assert len(result["checkpoints"]) == 1
