@@ -24,7 +24,7 @@
 #define RUNS_MAX 16384 /* of one side: more pieces are a limit reached */
 #define RUNS_FIRST 4   /* runs that an array begins with room for */
 #define FRAGMENTS_MAX 2048 /* of one datagram: more than 64 KiB at the smallest MTU have */
-#define URGENT_KEPT 16  /* marks of one side that are remembered */
+#define URGENT_KEPT 8   /* marks of one side that are remembered */
 #define REFUSED_KEPT 8  /* refused connection attempts of the SVM that are */
 #define AHEAD_MAX 16    /* connections that the SVM may be ahead of the PVM in one flow */
 
