@@ -25,8 +25,8 @@ def split(stream: bytes) -> list[bytes]:
     frames = []
     while stream:
         (size,) = struct.unpack_from(">I", stream)
-        frames.append(stream[4:4 + size])
-        stream = stream[4 + size:]
+        frames.append(stream[4 : 4 + size])
+        stream = stream[4 + size :]
     return frames
 
 
@@ -48,7 +48,9 @@ def ours_alone(directory: Path, bridge: Path) -> Iterator[tuple[comparator.Subje
 def test_equal_frames_come_out(name: str, bridge: Path, tmp_path: Path) -> None:
     if name == "QEMU" and shutil.which(comparator.QEMU) is None:
         pytest.skip(f"{comparator.QEMU} is not installed (Debian: qemu-system-x86)")
-    with comparator.subjects(tmp_path, bridge) if name == "QEMU" else ours_alone(tmp_path, bridge) as subjects:
+    with (
+        comparator.subjects(tmp_path, bridge) if name == "QEMU" else ours_alone(tmp_path, bridge) as subjects
+    ):
         subject = next(subject for subject in subjects if subject.name == name)
         before_s = subject.cpu_s()
         subject.pump([comparator.frames(5, 200, 64, start) for start in (0, 64, 128)])
