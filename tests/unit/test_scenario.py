@@ -173,8 +173,10 @@ def test_growth_is_told_from_noise() -> None:
     first = dict.fromkeys(scenario_endurance.ALLOWED, 1000)
     noise = {name: 1000 + allowed for name, allowed in scenario_endurance.ALLOWED.items()}
     assert scenario_endurance.growths([first, first, noise]) == []
-    assert scenario_endurance.growths([first, noise | {"fds": 1300}]) == ["fds grew from 1000 to 1300"]
-    assert scenario_endurance.growths([first]) == []
+    more = noise | {"fds": 1300}
+    assert scenario_endurance.growths([first, more, more]) == ["fds grew from 1000 to 1300"]
+    assert scenario_endurance.growths([first, first, more, first, more, first]) == [], "it comes and goes"
+    assert scenario_endurance.growths([first, more]) == []
 
 
 def test_the_benchs_report() -> None:
