@@ -139,7 +139,8 @@ class SvmVifPath:
         assert queue is not None
         self._look_at_client(packet, ethertype)
         if ethertype in (ETHERTYPE_IP, ETHERTYPE_IPV6):
-            changed = self.rewriter.to_guest(time.monotonic(), packet)
+            # It may be kept, and this form of the queue does not tell whether the checksum is there already.
+            changed = self.rewriter.to_guest(time.monotonic(), finish_checksum(packet))
             if changed is not None:
                 self._verdict(queue, packet_id, changed)
                 return

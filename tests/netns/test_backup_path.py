@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("queue_form")
 CLIENT_MAC, GUEST_MAC = bytes.fromhex("020000000001"), bytes.fromhex("020000000002")
 SYN, ACK = 0x02, 0x10
 HTTP, CLIENT_PORT = 80, 5555
+SOL_PACKET, PACKET_VNET_HDR = 263, 15  # <linux/socket.h>, <linux/if_packet.h>
 APART = 123456  # the PVM's initial sequence number minus the SVM's
 
 
@@ -66,6 +67,13 @@ def path(net: Network, links: Links, rules: QueueRules) -> Iterator[Path]:
     made.close()
 
 
+def pseudo_sum(packet: bytes) -> bytes:
+    """What the kernel puts where the checksum will be: the sum of the pseudo-header, of an IPv4 packet with TCP."""
+    words = struct.unpack("!4H", packet[12:20])
+    total = sum(words) + socket.IPPROTO_TCP + len(packet) - 20
+    return struct.pack("!H", total % 0xFFFF or 0xFFFF)
+
+
 class Client:
     """A TCP client by hand: frames in and out at ``c0``, whose kernel is deaf to the connection."""
 
@@ -80,14 +88,32 @@ class Client:
         self._in = net.sniffer("client", "c0")
         self._segments: list[bytes] = []
 
-    def send(self, seq: int, ack: int, flags: int, data: bytes = b"", *, spoilt: bool = False) -> None:
-        """:param spoilt: some bit has changed on its way."""
+    def send(
+        self,
+        seq: int,
+        ack: int,
+        flags: int,
+        data: bytes = b"",
+        *,
+        spoilt: bool = False,
+        unsummed: bool = False,
+    ) -> None:
+        """:param spoilt: some bit has changed on its way.
+        :param unsummed: the checksum is left to the device, as kernels do.
+        """
         tcp = struct.pack("!HHIIBBHHH", CLIENT_PORT, HTTP, seq, ack, 5 << 4, flags, 60000, 0, 0) + data
         ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 1, 0, 64, socket.IPPROTO_TCP, 0)
         packet = with_checksums(ip + socket.inet_aton(CLIENT_IP) + socket.inet_aton(GUEST_IP) + tcp)
         if spoilt:
             packet = packet[:-1] + bytes([packet[-1] ^ 0x20])
-        self._out.send(GUEST_MAC + CLIENT_MAC + b"\x08\x00" + packet)
+        frame = GUEST_MAC + CLIENT_MAC + b"\x08\x00" + packet
+        if unsummed:
+            tcp_at = 14 + 20
+            # struct virtio_net_hdr: flags (a checksum is wanted), GSO fields, from where to sum and where to put it
+            header = struct.pack("=BBHHHH", 1, 0, 0, 0, tcp_at, 16)
+            frame = header + frame[: tcp_at + 16] + pseudo_sum(packet) + frame[tcp_at + 18 :]
+        self._out.setsockopt(SOL_PACKET, PACKET_VNET_HDR, unsummed)
+        self._out.send(frame)
 
     def next(self) -> tuple[int, int, int, bytes]:
         """Sequence number, acknowledgement, flags and data of the SVM's next segment, whose checksum is right."""
@@ -241,11 +267,14 @@ def test_a_connection_with_the_pvms_numbers(net: Network, path: Path, server: so
     assert IPv4Address(CLIENT_IP) in path.vif.client_addresses.addresses
 
 
-def test_an_svm_that_lags_behind_the_handshake(net: Network, path: Path, server: socket.socket) -> None:
+@pytest.mark.parametrize("unsummed", [False, True])
+def test_an_svm_that_lags_behind_the_handshake(
+    net: Network, path: Path, server: socket.socket, unsummed: bool
+) -> None:
     """The client has the PVM's SYN-ACK and goes on before the SVM has sent its own: that is kept, and given to it then."""
     client = Client(net, path)
     client.send(1000, 0, SYN)
-    client.send(1001, 778, ACK, b"early")
+    client.send(1001, 778, ACK, b"early", unsummed=unsummed)
     connection = accepted(net, path, server)
     assert heard(path, connection) == b"early"
     assert path.vif.rewriter.counters.held == 1

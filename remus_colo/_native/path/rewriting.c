@@ -70,6 +70,9 @@ static int deal_with(struct rw_turns *t, const struct rq_packet *packet, double 
 
     if (worth_a_look(t, frame, now))
         take_look(t, frame);
+    /* The rewriter keeps some of the client's packets, and needs them whole. */
+    if (packet->unsummed && !t->from_guest)
+        rewriter_finish_checksum(data, frame->size);
     if (frame->ethertype == ETH_P_IP || frame->ethertype == ETH_P_IPV6)
         verdict = t->from_guest ? rewriter_from_guest(t->rewriter, now, data, frame->size)
                                 : rewriter_to_guest(t->rewriter, now, data, frame->size);
@@ -79,7 +82,7 @@ static int deal_with(struct rw_turns *t, const struct rq_packet *packet, double 
     if (verdict == REWRITE_DROP || frame->wire_size > frame->size)
         return rq_drop(t->queue, packet->id);
     /* The kernel takes a changed packet's as it is.  One that was there has followed the change, and stays wrong if it was. */
-    if (packet->unsummed)
+    if (packet->unsummed && t->from_guest)
         rewriter_finish_checksum(data, frame->size);
     return rq_accept_modified(t->queue, packet->id, data, frame->size);
 }
