@@ -22,7 +22,7 @@ TAG = "abcdef"
 OTHER = "abcde0"
 GUEST = Vif(*(int(number) for number in VIF.removeprefix("vif").split(".")))
 LIMIT_BYTES = 1 << 20
-MARK = "queue num 20000"  # iptables' comments are not shown
+MARK = " 20000"  # of the queue, as iptables and nft both write it
 
 
 def clean(links: Links) -> None:
