@@ -135,6 +135,7 @@ def test_into_the_background_and_back(protection: Protection) -> None:
     finally:
         protection.bed.exec(
             "backup",
-            f"kill $(cat {pid_file}); timeout 60 sh -c 'while test -e {pid_file}; do sleep 0.1; done'; cat /tmp/test-remusd.log",
+            f'pid=$(cat {pid_file}); kill $pid; timeout 60 sh -c "while kill -0 $pid; do sleep 0.1; done" 2> /dev/null; '
+            f"cat /tmp/test-remusd.log; ! test -e {pid_file}",
         )
     assert protection.leftovers("backup") == []
