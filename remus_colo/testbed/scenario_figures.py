@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,15 @@ def pauses_ms(events: Iterable[Event]) -> list[float]:
         for event in events
         if event["event"] == "checkpoint" and event["reason"] != "start"
     ]
+
+
+def longest_round_ms(events: Iterable[Event]) -> float:
+    """The longest time from one checkpoint to the next, 0 if there are not two.
+
+    ``t`` is nanoseconds of one monotonic clock.
+    """
+    times = [int(event["t"]) for event in events if event["event"] == "checkpoint"]
+    return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0) / 1e6
 
 
 def released_share(events: Iterable[Event]) -> float | None:

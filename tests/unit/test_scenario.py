@@ -34,6 +34,12 @@ def test_figures_of_events() -> None:
     assert scenario_figures.released_share(EVENTS) == 0.9
 
 
+def test_the_longest_round() -> None:
+    made = [{"event": "checkpoint", "t": t * 10**6} for t in (100, 350, 400)]
+    assert scenario_figures.longest_round_ms([*made, {"event": "ended", "t": 10**12}]) == 250.0
+    assert scenario_figures.longest_round_ms(made[:1]) == 0.0
+
+
 def test_figures_of_no_events() -> None:
     assert scenario_figures.checkpoints([]) == {}
     assert scenario_figures.released_share([]) is None
