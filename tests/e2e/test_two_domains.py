@@ -13,6 +13,8 @@ from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.scenario import GUEST, SECOND_GUEST, Protection
 from remus_colo.testbed.scenario_trial import client_faults
 
+pytestmark = pytest.mark.crowded
+
 # Four VMs and two protections on two emulated processors.
 LOAD = {"redis": 2, "http": 2, "echo": 1, "rate": 1}
 # They keep the hosts so busy that a heartbeat may be seconds late.
