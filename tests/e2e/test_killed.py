@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``remus`` itself is killed, by SIGKILL, at any moment: the guest goes on alone, and nothing is left on either host."""
+"""``remus`` itself is killed, by SIGKILL, at any moment: the guest goes on alone, and nothing is left on either host.
+
+``REMUS_COLO_TEST_ROUNDS`` says how many moments each test tries (1).
+"""
 
 from __future__ import annotations
 
+import os
 import random
 import time
 
@@ -13,6 +17,7 @@ from remus_colo.testbed.scenario import GUEST, Protection
 from remus_colo.testbed.scenario_trial import LOAD, client_faults
 
 PATIENCE_S = 120.0
+ROUNDS = int(os.environ.get("REMUS_COLO_TEST_ROUNDS", "1"))
 MODES: dict[str, dict[str, object]] = {
     "transparent": {"checkpoint": "transparent"},
     "cooperative": {"checkpoint": "cooperative"},
@@ -36,7 +41,7 @@ def test_the_guest_goes_on(protection: Protection, chance: random.Random, mode: 
     protection.ensure_guest()
     before = protection.state("primary")
     daemon = protection.start_daemon()
-    for _ in range(3):
+    for _ in range(ROUNDS):
         run = protection.protect(**MODES[mode])  # type: ignore[arg-type]
         load = protection.start_load(20, **LOAD, random_every=2)
         load.let_run(chance.uniform(1, 8))
@@ -55,7 +60,7 @@ def test_the_guest_goes_on_if_remus_is_killed_while_its_copy_is_born(
     protection.ensure_guest()
     before = protection.state("primary")
     daemon = protection.start_daemon()
-    for _ in range(3):
+    for _ in range(ROUNDS):
         run = protection.start_remus()
         run.wait_event("creating", PATIENCE_S)
         time.sleep(chance.uniform(0.5, 15))  # the suspend comes at its end; a moment of its own each time
