@@ -20,7 +20,7 @@ SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup demo test test-here test-e2e check-patches soak bench bench-compare fuzz lint clean
+.PHONY: help setup demo test test-here test-e2e check-patches soak bench bench-compare verdicts fuzz lint clean
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
@@ -29,6 +29,7 @@ help:
 	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
 	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
+	@echo 'make verdicts  what leaves without a checkpoint, and what checkpoints are made for (10 minutes)'
 	@echo 'make fuzz     attack the receiving daemon, without Xen: FUZZ_SECONDS=600'
 	@echo 'make lint     ruff: rules and format'
 	@echo 'make clean    remove what was built in this tree'
@@ -62,6 +63,9 @@ bench: setup
 
 bench-compare: setup
 	@$(TEST_PYTHON) -m remus_colo.bench
+
+verdicts: setup
+	@$(TEST_PYTHON) -m remus_colo.testbed.verdicts
 
 # no crash, no leak, no hang: its last line has the figures
 fuzz: setup

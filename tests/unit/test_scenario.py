@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from remus_colo.testbed import bench, demo, scenario_endurance, scenario_figures, scenario_host, scenario_run
+from remus_colo.testbed import (
+    bench,
+    demo,
+    scenario_endurance,
+    scenario_figures,
+    scenario_host,
+    scenario_run,
+    verdicts,
+)
 from remus_colo.testbed.scenario_trial import Outcome, client_faults
 
 
@@ -220,3 +228,19 @@ def test_the_benchs_report() -> None:
         "as Xen has it, xl remus -i 200: p50 60.0 ms, p99 70.0 ms (4 of them; looked at every 1.5 ms)"
         in shown
     )
+
+
+def test_verdicts_are_shares_of_all_packets() -> None:
+    found = {
+        "mode": "transparent",
+        "requests": 100,
+        "downloads": 2,
+        "packets": {"released_equal": 97, "released_passed": 1, "released_commit": 2, "held": 0},
+        "released_without_checkpoint": 0.9798,
+        "checkpoints": {"period": 3, "tcp-payload": 1},
+        "details": ["192.0.2.1:80 > 192.0.2.2:5000: byte 7"],
+        "faults": ["2 wrong bytes"],
+    }
+    told = " ".join(verdicts.report(found).split())
+    for words in ("97 97.00%", "3 75% period", "1 25% tcp-payload", "byte 7", "complains: 2 wrong bytes"):
+        assert words in told
