@@ -4,8 +4,10 @@
 Rules match the vif by name, wherever it is a port: they hold before the vif exists, in whatever bridge it is, and for
 a new vif of the same name.  All say *bypass*: with nobody on the queue, packets pass.
 
-Removing rules makes the kernel drop the packets that are held at that moment, **in all queues of the
-namespace** (``nf_queue_nf_hook_drop`` in net/netfilter/core.c), so accept what is held before.  Adding does not.
+Removing a base chain makes the kernel drop the packets that are held at that moment, **in all queues of the
+namespace** (``nf_queue_nf_hook_drop`` in net/netfilter/core.c), so accept what is held before.  Adding does not, nor
+does removing the rules alone: whoever wants nothing lost calls :meth:`QueueRules.let_pass`, reads what is in the queue
+still, accepts it, closes the queue and removes the rest.
 """
 
 from __future__ import annotations
@@ -81,6 +83,13 @@ class QueueRules:
         :raise HostError: as :meth:`hold_from_guest`.
         """
         self._add([QueueRule(vif, queue_from, from_guest=True), QueueRule(vif, queue_to, from_guest=False)])
+
+    def let_pass(self) -> None:
+        """What comes from now on is held no more; what is held stays so, and :meth:`remove` is still to be called."""
+        if self.backend == "nft":
+            _nft(f"flush table bridge {self._table}\n")
+        elif self.backend == "iptables":
+            self._fallback.let_pass()
 
     def remove(self) -> None:
         """Remove all rules of this owner.  No error if there are none."""

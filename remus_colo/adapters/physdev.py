@@ -57,12 +57,16 @@ class PhysdevRules:
     def exist(self) -> bool:
         return any(self._rules(tool) for tool in _FAMILIES if _find(tool))
 
-    def remove(self) -> None:
-        """Remove all rules with this mark, and undo what :meth:`add` of this object changed besides."""
+    def let_pass(self) -> None:
+        """Remove all rules with this mark."""
         for tool in _FAMILIES:
             if _find(tool):
                 for rule in self._rules(tool):
                     _run(tool, "-t", "mangle", "-D", *rule)
+
+    def remove(self) -> None:
+        """The same, and undo what :meth:`add` of this object changed besides."""
+        self.let_pass()
         while self._made_tables:
             self._remove_if_empty(self._made_tables.pop())
         if any(self._rules(tool, any_owner=True) for tool in _FAMILIES if _find(tool)):

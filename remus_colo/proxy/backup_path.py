@@ -297,6 +297,11 @@ class BackupPath:
 
     def close(self) -> None:
         self._timer.cancel()
+        if self.rules is not None:
+            try:
+                self.rules.let_pass()  # before the queues are closed: the guest may live on
+            except RemusError as error:
+                log.warning("the guest's packets still take the way through a queue: %s", error)
         for path in self.vifs.values():
             path.close()
         if self.rules is not None:

@@ -197,7 +197,7 @@ class Output:
     # -- the end ---------------------------------------------------------------------------------------
 
     def release_all(self) -> None:
-        """Protection has ended and the PVM goes on: everything leaves, and is held no more."""
+        """Protection has ended and the PVM goes on: everything leaves, and is held no more.  May be called again."""
         self._protecting = False
         self._apply(self._comparator.release_all(time.monotonic()))
         if self._pump is not None:
@@ -217,6 +217,7 @@ class Output:
         if self._pump is not None:
             try:
                 if not drop_held:
+                    self._pump.drain_primary()
                     self._pump.queue.accept_all()
             except RemusError as error:
                 log.warning("while letting the packets of %s go: %s", self.vif, error)

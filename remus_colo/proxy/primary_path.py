@@ -214,7 +214,23 @@ class PrimaryPath:
         for path in self.vifs:
             call(path)
 
+    def release_all(self) -> None:
+        """Protection has ended and the PVM goes on: everything leaves, and is held no more."""
+        self.each(lambda path: path.release_all())
+        self._let_pass()
+
+    def _let_pass(self) -> None:
+        """Nothing goes into a queue from now on: one that is closed loses what came after it was last read."""
+        try:
+            self.rules.let_pass()
+            self.each(lambda path: path.output.release_all())
+        except RemusError as error:
+            log.warning("some of the guest's packets may be lost, for it to repeat: %s", error)
+
     def close(self, *, drop_held: bool) -> None:
+        """Take everything down; what is held leaves first, unless the guest went on elsewhere."""
+        if not drop_held:
+            self._let_pass()
         for path in self.vifs:
             path.stop_reading()
         for path in self.vifs:

@@ -232,7 +232,7 @@ class ColoSession(PrimarySession):
         self.path.each(lambda vif: vif.check_losses())
 
     def _release_all(self) -> None:
-        self.path.each(lambda vif: vif.release_all())
+        self.path.release_all()
 
     def _end_steps(self) -> list[Callable[[], object]]:
         return [

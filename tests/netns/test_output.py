@@ -221,6 +221,18 @@ def test_closing_lets_go(bench: Bench) -> None:
     bench.output.close(drop_held=False)
 
 
+def test_nothing_is_lost_between_the_last_look_and_the_end(bench: Bench, rules: QueueRules) -> None:
+    bench.say(b"held")
+    bench.held(1)
+    bench.say(b"not read yet")
+    rules.let_pass()
+    bench.say(b"passes")
+    assert receive(bench.client, 1) == [b"passes"]
+    bench.output.close(drop_held=False)
+    rules.remove()
+    assert receive(bench.client, 2) == [b"held", b"not read yet"]
+
+
 def test_the_tunnel_goes(bench: Bench, links: Links, svm: RawLink) -> None:
     bench.say(b"before")
     bench.held(1)

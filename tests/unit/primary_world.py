@@ -240,6 +240,9 @@ class Path:
         for vif in self.vifs:
             call(vif)
 
+    def release_all(self) -> None:
+        self.each(lambda vif: vif.release_all())
+
     def close(self, *, drop_held: bool) -> None:
         self.closed, self.dropped = True, drop_held
         for vif in self.vifs:
