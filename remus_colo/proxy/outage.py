@@ -3,7 +3,7 @@
 
 Clients' segments then go to a port of the LAN that is dead; the switch, which has lost the guest's address with it, shows them to
 every host.  The SVM's go into a tunnel without an end.  Either side repeats them, but each time after twice as long (RFC 6298, 5.5):
-with an outage of 3 s the next repetition comes up to 3 s later.  So the backup host keeps what it sees from when the primary is late,
+with an outage of 3 s the next repetition comes up to 3 s later.  So the backup host keeps what it sees from when heartbeats are missing,
 and says it again when the SVM takes over.  Whatever was lost before has been repeated by then, since a repetition waits no longer
 than all that came before it together.
 
@@ -105,7 +105,7 @@ class _Ear:
 
 
 class Outage:
-    """One vif's segments from when the primary is late.  Belongs to the loop's thread.
+    """One vif's segments from when the primary's heartbeats are missing.  Belongs to the loop's thread.
 
     :param mac: the guest's.
     :param vif: the SVM's.

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 1.0
 SUSPECT_AFTER = 0.5  # of the heartbeat time-out
+LATE_AFTER = 2  # heartbeats: one may be held up
 ANNOUNCE_REPEATS = 3  # a switch or a host may miss the first
 ANNOUNCE_INTERVAL_S = 0.5
 # Errors that nobody expected, which a guest that is served here is to survive; more are a flood.
@@ -336,10 +337,15 @@ class BackupSession(abc.ABC):
         self.loop.call_later(self.creation.heartbeat.interval_s, self._check_peer)
         if self._peer_lost or self.machine.final:
             return
-        if self.peer.silence_s() > self.creation.heartbeat.timeout_s * SUSPECT_AFTER:
+        silence_s = self.peer.silence_s()
+        suspect_s = self.creation.heartbeat.timeout_s * SUSPECT_AFTER
+        self._on_heartbeats(
+            missing=silence_s > min(self.creation.heartbeat.interval_s * LATE_AFTER, suspect_s)
+        )
+        if silence_s > suspect_s:
             self._suspect()
         else:
-            self._on_time()
+            self._arbitration.forget()
         if self.peer.expired():
             self.loop.call(self._check_expired)  # what lies unread comes first
 
@@ -349,17 +355,17 @@ class BackupSession(abc.ABC):
 
     # -- is it dead? -----------------------------------------------------------------------------------------
 
+    def _on_heartbeats(self, *, missing: bool) -> None:
+        """:param missing: some, as happens; when it is many, the primary is suspected."""
+        return
+
     def _suspect(self) -> None:
-        """The primary is late.
+        """The primary may be dead.
 
         Only a look: a fencing hook, which may switch a host off, is run when the primary counts as lost.
         """
         if self.machine.replica and not self.config.fence:
             self._arbitration.look_early()
-
-    def _on_time(self) -> None:
-        """The primary has been heard of late."""
-        self._arbitration.forget()
 
     def _decided(self, verdict: Verdict) -> None:
         self.handle(VERDICTS[verdict])

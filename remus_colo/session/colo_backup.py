@@ -265,15 +265,13 @@ class ColoBackupSession(BackupSession):
 
     # -- failover --------------------------------------------------------------------------------------------
 
-    def _suspect(self) -> None:
-        super()._suspect()
-        if self.machine.replica and self.lan is not None:
-            self.lan.expect_outage()
-
-    def _on_time(self) -> None:
-        super()._on_time()
-        if self.lan is not None:
+    def _on_heartbeats(self, *, missing: bool) -> None:
+        if self.lan is None:
+            return
+        if not missing:
             self.lan.no_outage()
+        elif self.machine.replica:
+            self.lan.expect_outage()
 
     def _look_at_lan(self, window_s: float) -> Verdict:
         assert self.lan is not None
