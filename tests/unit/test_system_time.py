@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from remus_colo.adapters import xenctrl, xentime
 from remus_colo.errors import XenError
+from remus_colo.testbed import xen_build, xen_source
 
+CORE = Path(xenctrl.__file__).parents[1] / "_native" / "core.c"
 DOMID = 7
 
 
@@ -90,3 +94,28 @@ def test_an_offset_that_does_not_fit_the_call_is_refused_as_xen_refuses_one(xen:
         xenctrl.set_system_time_offset(DOMID, offset_ns)
     assert raised.value.errno == errno.ERANGE
     assert xen.offsets[DOMID] == 0
+
+
+@pytest.mark.parametrize("release", xen_source.SUITES)
+def test_what_the_series_declare_is_what_is_called(release: str) -> None:
+    """No header that both sides could include has it."""
+    added = "".join(
+        line[1:]
+        for patch in sorted((xen_build.PATCHES / release / "hypervisor").glob("*.patch"))
+        for line in patch.read_text().splitlines(keepends=True)
+        if line.startswith("+")
+    )
+    called = CORE.read_text()
+    for name in ("SET", "GET"):
+        ours = re.search(rf"#define RC_DOMCTL_{name}_SYSTEM_TIME_OFFSET (\d+)u", called)
+        theirs = re.search(rf"#define XEN_DOMCTL_{name.lower()}_system_time_offset +(\d+)", added)
+        assert ours and theirs and ours[1] == theirs[1]
+    fields = [
+        re.findall(r"(\w+_t|\w+_aligned_t) (\w+);", text.partition(struct)[2].partition("};")[0])
+        for text, struct in (
+            (called, "struct rc_domctl_system_time_offset {"),
+            (added, "struct xen_domctl_system_time_offset {"),
+        )
+    ]
+    assert fields[0] == [(kind.replace("_aligned", ""), name) for kind, name in fields[1]]
+    assert [name for _, name in fields[0]] == ["offset", "system_time", "pad"]
