@@ -143,9 +143,13 @@ def system_time(domid: int) -> SystemTime | None:
 def set_system_time_offset(domid: int, offset_ns: int) -> None:
     """Have Xen add so much to its system time for a domain, which should be paused: its clock steps.
 
-    :raise XenError: errno ERANGE if the domain's time would be negative.
+    :raise XenError: errno ERANGE if the domain's time would be negative, or the offset is beyond Xen's time.
     """
     lib, ffi = _native()
+    # It may be made of what a peer said, and not fit the call.
+    if not -(1 << 63) <= offset_ns < 1 << 63:
+        ffi.errno = errno.ERANGE
+        raise _fail(ffi, "XEN_DOMCTL_set_system_time_offset", domid, "could not set the system time offset")
     if lib.rc_system_time_set(domid, offset_ns) < 0:
         raise _fail(ffi, "XEN_DOMCTL_set_system_time_offset", domid, "could not set the system time offset")
 

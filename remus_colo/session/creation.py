@@ -55,6 +55,17 @@ def _address(text: str | None) -> str | None:
     return None if text is None else str(ipaddress.ip_address(str(text)))
 
 
+def _offset_ns(value: object) -> int | None:
+    """:raise TypeError, ValueError: it is nothing that can be added to a clock of signed 64-bit nanoseconds."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"the clock's offset is {value!r}")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"the clock's offset of {value} ns is beyond any clock")
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Creation:
     """A CREATE message, checked."""
@@ -94,9 +105,7 @@ class Creation:
                 },
                 mtus={int(vif["handle"]): int(vif["mtu"]) for vif in vifs},
                 heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
-                clock_offset_ns=None
-                if fields.get("clock_offset_ns") is None
-                else int(fields["clock_offset_ns"]),
+                clock_offset_ns=_offset_ns(fields.get("clock_offset_ns")),
             )
         except _MALFORMED as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error

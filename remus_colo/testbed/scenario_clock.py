@@ -136,10 +136,18 @@ def limit_ms(legs: Sequence[Leg]) -> float:
     return max(pauses, default=0.0) + max((one.takeover_ms for one in legs), default=0.0)
 
 
-def faults(told: dict[str, Any], legs: Sequence[Leg]) -> list[str]:
-    """What is wrong with the clocks that the guest saw."""
+def faults(told: dict[str, Any], legs: Sequence[Leg], wanted: str | None = None) -> list[str]:
+    """What is wrong with the clocks that the guest saw.
+
+    :param wanted: the mode that checkpoints had to be of; None if ``auto`` was free to take what works.
+    """
     limit = limit_ms(legs)
     found = [
+        f"the checkpoints on {one.host} were {one.mode}, not {wanted}: {one.why}"
+        for one in legs
+        if wanted is not None and one.mode != wanted
+    ]
+    found += [
         f"CLOCK_{name.upper()} went back {told['backward'][name]} times"
         for name in CLOCKS
         if told["backward"][name]
@@ -211,9 +219,13 @@ def cooperative_pauses_ms(protection: Protection, checkpoints: int, remus: dict[
 
 
 def run(
-    bed: Bed, failovers: int, checkpoints: int, timer_ms: int, remus: dict[str, Any], directory: Path
-) -> tuple[dict[str, Any], bool]:
-    """The whole of it in a bed that is up; the summary, and whether all went well."""
+    bed: Bed, failovers: int, checkpoints: int, timer_ms: int, remus: dict[str, Any], directory: Path,
+    wanted: str | None = None,
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
+    """The whole of it in a bed that is up; the summary, and whether all went well.
+
+    :param wanted: as for :func:`faults`.
+    """
     with Protection(bed) as protection:
         remus = {"period": PERIOD_MS} | remus
         wrong: list[str] = []
@@ -222,7 +234,7 @@ def run(
         try:
             cooperative = cooperative_pauses_ms(protection, COOPERATIVE_CHECKPOINTS, remus)
             legs, told = journey(protection, failovers, checkpoints, timer_ms, remus, log.info)
-            wrong = faults(told, legs)
+            wrong = faults(told, legs, wanted)
             print(report(legs, told))
             transparent = [ms for one in legs if one.mode == "transparent" for ms in one.pauses_ms[1:]]
             print("\n" + pauses_table({"co-operative": cooperative, "transparent": transparent}))

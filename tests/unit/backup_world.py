@@ -34,6 +34,7 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 
 PATIENCE_S = 60.0
 DOMID = 9
+NOW_NS = 700 * 10**9  # this host's clock, which stands still
 VIF = Vif(DOMID, 0)
 
 
@@ -68,6 +69,12 @@ class Engine:
         self.verified_pages = 0
         self.running = False
         self.closed = False
+        self.clock_offsets_ns: list[int] = []
+
+    def set_clock(self, offset_ns: int) -> None:
+        assert not self.running
+        self._step("set_clock")
+        self.clock_offsets_ns.append(offset_ns)
 
     def start(self) -> None:
         self._step("start")
@@ -183,6 +190,7 @@ class Primary:
         self.control, self.data = control, data
         self.received: list[MessageType] = []
         self.epoch = 0
+        self.stopped_ns = 0  # the guest's clock at the next checkpoint
 
     def expect(self, kind: MessageType) -> Message:
         """The next message of a type, whatever comes before it."""
@@ -210,7 +218,7 @@ class Primary:
 
     def send_checkpoint(self, *, whole: bool = True) -> None:
         digest = bulk.CheckpointDigest()
-        begin = {"pages": 0, "vifs": [], "events": [], "shared_info_gfn": 1, "xen_time_ns": 0}
+        begin = {"pages": 0, "vifs": [], "events": [], "shared_info_gfn": 1, "xen_time_ns": self.stopped_ns}
         self.data.send_control(MessageType.CHECKPOINT_BEGIN, self.epoch, begin)
         for name in ("zero-gfns", "grants", "hvm-context", "hashes"):
             buffers = bulk.state_buffers(name, b"")
@@ -242,6 +250,7 @@ class Primary:
 
 class World:
     """:param names: of the domains that are there already, by domid.
+    :param clock_offset_ns: as the primary asks for it.
     :ivar verdict: of the LAN.
     :ivar ended: what the session's run raised, once it has ended.
     """
@@ -253,6 +262,7 @@ class World:
         unknown: UnknownPolicy = UnknownPolicy.STAND_DOWN,
         bridges: tuple[str, ...] = ("xenbr0",),
         names: dict[str, str] | None = None,
+        clock_offset_ns: int | None = None,
     ) -> None:
         self.faults = Faults()
         self.verdict = verdict
@@ -290,12 +300,13 @@ class World:
             tunnels={0: Tunnel(16, 4789, "10.7.0.2", "10.7.0.1")},
             mtus={0: 1500},
             heartbeat=HeartbeatConfig(0.5, 30.0),
+            clock_offset_ns=clock_offset_ns,
         )
         self.session = ColoBackupSession(
             BackupConfig(unknown=unknown),
             creation,
             lambda loop, heartbeat, **calls: Peer(loop, control, data, heartbeat, **calls),
-            mock.Mock(now_ns=lambda: 1),
+            mock.Mock(now_ns=lambda: NOW_NS),
             self._event,
         )
         self._thread = threading.Thread(target=self._run)

@@ -25,15 +25,6 @@ class TestMode:
         assert choice.mode is Mode.COOPERATIVE
         assert "Xen clock" in choice.why
 
-    def test_a_later_backup_suits_a_tsc_clock(self) -> None:
-        assert (
-            choose("auto", offset_ns=10**10, two_level_events=True, tsc_clock=True).mode is Mode.TRANSPARENT
-        )
-        assert (
-            choose("auto", offset_ns=-(10**10), two_level_events=True, tsc_clock=True).mode
-            is Mode.COOPERATIVE
-        )
-
     @pytest.mark.parametrize("offset_ns", [-600 * 10**9, -MAX_BEHIND_NS - 1, 0, 600 * 10**9])
     def test_a_backup_that_can_set_the_clock_suits_any_guest(self, offset_ns: int) -> None:
         for requested in ("auto", "transparent"):
@@ -56,10 +47,9 @@ class TestMode:
             choose("transparent", offset_ns=0, two_level_events=False)
 
     def test_transparent_is_refused_where_the_clock_would_jump(self) -> None:
-        with pytest.raises(DomainError, match="would jump"):
-            choose("transparent", offset_ns=10**9, two_level_events=True)
-        with pytest.raises(DomainError, match="stand still"):
-            choose("transparent", offset_ns=-(10**9), two_level_events=True)
+        for offset_ns, effect in ((10**9, "would jump"), (-(10**9), "would stand still")):
+            with pytest.raises(DomainError, match=rf"{effect}.*system time offset.*--checkpoint cooperative"):
+                choose("transparent", offset_ns=offset_ns, two_level_events=True)
 
     def test_cooperative_when_asked_for(self) -> None:
         assert choose("cooperative", offset_ns=0, two_level_events=True).mode is Mode.COOPERATIVE

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from remus_colo.testbed import scenario_clock
+from remus_colo.testbed import scenario_clock, soak
 from remus_colo.testbed.scenario_clock import Leg, Reading, faults, limit_ms
 
 MS = 1_000_000
@@ -63,6 +63,29 @@ def test_a_guests_clock_that_gained_or_lost_time_is_a_fault() -> None:
         faults(slept, [dataclasses.replace(GOOD, mode="cooperative", stopped_ms=[], shift_ms=(-900, -800))])
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("xen", "checkpoint", "wanted"),
+    [
+        ("patched", None, "transparent"),
+        ("patched", "auto", "transparent"),
+        ("patched", "cooperative", "cooperative"),
+        ("debian", None, None),
+        ("debian", "transparent", "transparent"),
+        ("/boot/xen", "auto", None),
+    ],
+)
+def test_a_patched_xen_has_to_be_made_use_of(xen: str, checkpoint: str | None, wanted: str | None) -> None:
+    assert soak.wanted_mode(xen, checkpoint) == wanted
+    fallen_back = dataclasses.replace(
+        GOOD, host="backup", mode="cooperative", why="which would jump", stopped_ms=[], shift_ms=(0.0, 0.0)
+    )
+    found = faults(told(), [GOOD, fallen_back], wanted)
+    if wanted == "transparent":
+        assert found == ["the checkpoints on backup were cooperative, not transparent: which would jump"]
+    else:
+        assert len(found) == (wanted is not None)
 
 
 def test_a_reading_bounds_how_far_the_guest_is_ahead() -> None:

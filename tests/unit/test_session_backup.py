@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from backup_world import World
+from backup_world import NOW_NS, World
 
 from remus_colo.errors import DomainError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
@@ -86,6 +86,92 @@ def test_whatever_fails_at_a_checkpoint(step: str, error: Exception) -> None:
         assert {MessageType.ABORT, MessageType.BYE} <= set(primary.rest())
     world.assert_gone()
     assert world.ended is None
+
+
+TEN_MINUTES_NS = 600 * 10**9
+
+
+@pytest.mark.parametrize("offset_ns", [TEN_MINUTES_NS, -TEN_MINUTES_NS])
+def test_the_svm_never_runs_with_another_clock_than_the_guests(offset_ns: int) -> None:
+    """It is set before the SVM first runs, and at each checkpoint when all of it is loaded."""
+    world = World(clock_offset_ns=offset_ns)
+    with world.running() as primary:
+        primary.begin()
+        primary.stopped_ns = NOW_NS + offset_ns - 5_000_000
+        primary.checkpoint()
+        primary.checkpoint()
+        primary.stop()
+    assert world.engine.clock_offsets_ns == [offset_ns] * 3
+    told = [step for step in world.faults.steps if step in ("set_clock", "start", "apply", "resume")]
+    assert told == ["set_clock", "start"] + ["apply", "set_clock", "resume"] * 2
+    stopped_ms = [fields["stopped_ms"] for event, fields in world.events if event == "clock"]
+    assert stopped_ms == [5.0, 5.0]
+
+
+def test_the_guests_clock_does_not_go_back_however_badly_it_was_measured() -> None:
+    world = World(clock_offset_ns=-TEN_MINUTES_NS)
+    with world.running() as primary:
+        primary.begin()
+        primary.stopped_ns = NOW_NS - TEN_MINUTES_NS + 30_000_000
+        primary.checkpoint()
+        primary.stop()
+    assert world.engine.clock_offsets_ns == [-TEN_MINUTES_NS, -TEN_MINUTES_NS + 30_000_000]
+
+
+def test_a_clock_that_drifts_is_followed() -> None:
+    world = World(clock_offset_ns=TEN_MINUTES_NS)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        probe = primary.expect(MessageType.CLOCK_PROBE)
+        now_ns = NOW_NS + TEN_MINUTES_NS + 1_000_000
+        primary.control.send_control(
+            MessageType.CLOCK_REPLY, 0, dict(probe.fields) | {"received_ns": now_ns, "replied_ns": now_ns}
+        )
+        primary.checkpoint()
+        primary.stop()
+    assert world.engine.clock_offsets_ns == [TEN_MINUTES_NS, TEN_MINUTES_NS, TEN_MINUTES_NS + 1_000_000]
+
+
+def test_a_xen_that_refuses_the_clock_refuses_the_guest() -> None:
+    world = World(clock_offset_ns=TEN_MINUTES_NS)
+    world.faults.planned["set_clock"] = XenError("could not set the system time offset")
+    with world.running() as primary:
+        with contextlib.suppress(PeerLost):  # it may be over before all is sent
+            primary.send_guest()
+        assert "could not set the system time offset" in primary.expect(MessageType.REFUSE).fields["reason"]
+    assert "start" not in world.faults.steps
+    world.assert_gone()
+
+
+def test_a_xen_that_refuses_the_clock_of_a_checkpoint_ends_the_protection() -> None:
+    world = World(clock_offset_ns=TEN_MINUTES_NS)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        world.faults.planned["set_clock"] = XenError("could not set the system time offset")
+        with contextlib.suppress(PeerLost):
+            primary.prepare()
+            primary.send_checkpoint()
+        assert {MessageType.ABORT, MessageType.BYE} <= set(primary.rest())
+    world.assert_gone()
+
+
+def test_without_the_patch_a_host_that_is_behind_cannot_take_the_checkpoint() -> None:
+    """Its clock fell behind since the mode was chosen, by more than can be waited for."""
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.stopped_ns = NOW_NS + 10_000_000
+        primary.checkpoint()
+        primary.stopped_ns = NOW_NS + 21_000_000
+        with contextlib.suppress(PeerLost):
+            primary.prepare()
+            primary.send_checkpoint()
+        assert {MessageType.ABORT, MessageType.BYE} <= set(primary.rest())
+    assert world.engine.clock_offsets_ns == []
+    assert world.faults.steps.count("resume") == 1
+    world.assert_gone()
 
 
 @pytest.mark.parametrize("moment", ["creating", "syncing", "preparing", "receiving", "standby"])

@@ -54,6 +54,7 @@ def test_a_good_one() -> None:
         *((("tunnel", "vifs", 0, "local"), value) for value in ("", "x", {}, "10.7.0.2; reboot")),
         *((("config", "c_info", "name"), value) for value in ("", "-x", "a b", "a\n", None, 5)),
         *((("mode",), value) for value in ("", "fast")),
+        *((("clock_offset_ns",), value) for value in (1.5, "5", True, [], 1 << 63, -(1 << 63) - 1)),
     ],
 )
 def test_what_is_refused(path: tuple[Any, ...], value: Any) -> None:
@@ -71,6 +72,12 @@ def test_a_guest_of_unknown_size_has_no_limit(config: dict[str, Any]) -> None:
     changed = fields()
     changed["config"] = {"c_info": {"name": "web"}, **config}
     assert Creation.parse(message(changed)).limit_pages is None
+
+
+@pytest.mark.parametrize("offset_ns", [None, 0, 600 * 10**9, -600 * 10**9])
+def test_the_clock_that_the_svm_gets(offset_ns: int | None) -> None:
+    assert Creation.parse(message(fields() | {"clock_offset_ns": offset_ns})).clock_offset_ns == offset_ns
+    assert Creation.parse(message(fields())).clock_offset_ns is None
 
 
 def begin(pages: int) -> Message:
