@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import socket
@@ -230,6 +232,31 @@ def test_a_file_for_each_round(tmp_path: Path) -> None:
     out.close()
     names = [str(path), f"{path}.1", f"{path}.2"]
     assert [Path(name).read_bytes() for name in names] == rounds
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_a_round_that_its_disk_does_not_take(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "cp"
+    path.symlink_to("/dev/full")
+    out = save.CheckpointingFile(str(path))
+    # the pipe takes what is little, and breaks under what is much
+    with contextlib.nullcontext() if size == 1 else pytest.raises(PeerLost):
+        Plain(out.fileno()).deliver(0, memoryview(bytes(size)))
+    told: list[int | None] = []
+
+    def checkpoint() -> None:
+        try:
+            out.checkpoint()
+        except OSError as error:
+            told.append(error.errno)
+
+    waiting = threading.Thread(target=checkpoint, daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert told == [errno.ENOSPC]
+    with pytest.raises(OSError, match="No space left"):
+        out.close()
+    out.close()
 
 
 def test_nothing_comes_of_a_null_socket() -> None:
