@@ -135,6 +135,15 @@ def test_a_description_of_a_domain_that_does_not_run() -> None:
     assert domain.dom["image"] == {"linux": {"kernel": None, "bare": None}}
 
 
+def test_devices_of_which_nothing_is_said() -> None:
+    assert (vm.getvifs({}), vm.getvifs({"device": None}), vm.getdisks({"device": None})) == ([], [], [])
+    text = "(vm (name web) (device (vif)) (device (vif (mac 0:16:3e:0:0:1))))"
+    bare, told = vm.VM(dominfo=vm.strtosxpr(text)).vifs
+    assert (bare.dev, bare.mac, told.dev, told.mac) == ("vif-1.0", "", "vif-1.1", "00:16:3e:00:00:01")
+    with pytest.raises(blkdev.BlkDevException, match="no device"):
+        vm.VM(dominfo=vm.strtosxpr("(vm (name web) (device (vbd)))"))
+
+
 def test_the_name_of_a_disk_keeps_its_last_letters() -> None:
     # the old module's rstrip(':disk') took them away
     assert blkdev.BlkDev(dev="xvdd:disk", mode="w").dev == "xvdd"
