@@ -466,6 +466,10 @@ def test_qdiscs_by_kind() -> None:
     cfifo = qdisc.Qdisc({"kind": "cfifo", "handle": 0})
     cfifo.parse(["epoch", "4", "vmid", "2"])
     assert cfifo.optstr() == "epoch 4 vmID 2"
+    # as getqdisc() tells of one without options
+    for nothing in (None, b""):
+        assert qdisc.Qdisc({"kind": "cfifo", "handle": 0, "options": nothing}).optstr() == "epoch 0 vmID 0"
+        assert qdisc.Qdisc({"kind": "prio", "handle": 0, "options": nothing}).optstr().startswith("bands 3 ")
 
 
 @pytest.mark.parametrize("broken", [b"\x01\x00\x01\x00", b"\xff\x00\x01\x00abcd"])
@@ -489,6 +493,9 @@ def test_commands() -> None:
     assert util.runcmd(["printf", r"\303"]) == "\udcc3"
     with pytest.raises(util.PipeException, match="empty"):
         util.runcmd("")
+    with pytest.raises(util.PipeException, match="quot"):
+        util.runcmd("echo it's")
+    assert not util.modprobe("no name")
     assert util.checkpid(os.getpid())
     assert not util.checkpid(2**22 + 1)
 
