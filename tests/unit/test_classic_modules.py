@@ -18,6 +18,7 @@ import pytest
 
 import remus_colo.classic.finder
 from remus_colo import config, dominfo
+from remus_colo.adapters import toolstack
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic import protection
 from remus_colo.classic.protection import Calls, Plain, goes_on
@@ -191,6 +192,36 @@ def page_data(*pages: tuple[int, int]) -> bytes:
 
 
 CHECKPOINT = record(libxc.CHECKPOINT, b"")
+
+
+def test_files_that_2to3_has_left_as_they_were(tmp_path: Path) -> None:
+    header = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32)
+    (tmp_path / "saved").write_bytes(header + page_data((0, 0xFF)) + CHECKPOINT)
+    with open(tmp_path / "saved") as saved, open(tmp_path / "image", "w") as out:
+        assert image.VMImage(saved).dom == image.parseheader(header[20:-40])
+        saved.buffer.seek(0)
+        writer = image.Writer(out)
+        writer.slurp(saved)
+        writer.close()
+    assert (tmp_path / "image").read_bytes() == header + page_data((0, 0xFF)) + libxc.END_RECORD
+
+
+def test_a_saver_writes_its_header_to_a_file_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checkpointer(checkpoint.checkpointer):
+        def open(self, domid: int) -> None:
+            assert domid == 7
+
+        def start(self, iofile: Any, *args: Any, **options: Any) -> None:
+            os.write(iofile.fileno(), b"checkpoints")
+
+    monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: CONFIG)
+    monkeypatch.setattr(checkpoint, "checkpointer", Checkpointer)
+    with open(tmp_path / "image", "w") as out:
+        save.Saver("web", out).start()
+    assert (tmp_path / "image").read_bytes() == image.makeheader(
+        dominfo.from_libxl(7, CONFIG)
+    ) + b"checkpoints"
 
 
 @pytest.mark.parametrize("compact", [False, True])

@@ -6,6 +6,7 @@ The header is xend's.  The stream is that of today's Xen (docs/specs/libxc-migra
 
 from __future__ import annotations
 
+import io
 import struct
 from typing import IO, Any
 
@@ -44,6 +45,12 @@ class VMParseException(Exception):
     """This is no saved domain."""
 
 
+def of_octets(file: Any) -> Any:
+    """The file, or what is beneath it if it is one of text: ``open(path, 'w')`` and ``sys.stdout``, which 2to3 leaves as they are,
+    took octets in Python 2."""
+    return getattr(file, "buffer", file) if isinstance(file, io.TextIOBase) else file
+
+
 def makeheader(dominfo: list[Any], colo: bool = False) -> bytes:
     """A header from a domain's description.
 
@@ -80,7 +87,7 @@ class VMImage:
     :param img: its path, or a file that is open for reading bytes.
     """
 
-    def __init__(self, img: str | IO[bytes] | None = None) -> None:
+    def __init__(self, img: str | IO[Any] | None = None) -> None:
         self.img = img
         self.dom: dict[str, Any] | None = None
         self.fd: IO[bytes] | None = None
@@ -89,8 +96,8 @@ class VMImage:
         if img:
             self.open(img)
 
-    def open(self, img: str | IO[bytes]) -> None:
-        self.fd = open(img, "rb") if isinstance(img, str) else img  # noqa: SIM115 (it is kept)
+    def open(self, img: str | IO[Any]) -> None:
+        self.fd = open(img, "rb") if isinstance(img, str) else of_octets(img)  # noqa: SIM115 (it is kept)
         self.readheader()
 
     def readheader(self) -> None:
@@ -137,8 +144,8 @@ class Writer:
     :param compact: each page once, as it was last, instead of all that came.
     """
 
-    def __init__(self, fd: IO[bytes], compact: bool = False) -> None:
-        self.fd = fd
+    def __init__(self, fd: IO[Any], compact: bool = False) -> None:
+        self.fd: IO[bytes] = of_octets(fd)
         self.compact = compact
         self.vm: VMImage | None = None
         # Of the last whole checkpoint, and what has come since.
@@ -148,12 +155,12 @@ class Writer:
         self._new_state: list[bytes] = []
         self._begun = False
 
-    def slurp(self, ifd: str | IO[bytes]) -> None:
+    def slurp(self, ifd: str | IO[Any]) -> None:
         """Take what a file has: the first begins with the header, the following ones with a checkpoint.
 
         :raise VMParseException: it is neither.
         """
-        source: IO[bytes] = open(ifd, "rb") if isinstance(ifd, str) else ifd  # noqa: SIM115
+        source: IO[bytes] = open(ifd, "rb") if isinstance(ifd, str) else of_octets(ifd)  # noqa: SIM115
         try:
             if self.vm is None:
                 self.vm = VMImage(source)

@@ -257,8 +257,9 @@ class Saver:
         :raise CheckpointError: it failed.
         """
         vm.getshadowmem(self.vm)
-        self.fd.write(image.makeheader(self.vm.dominfo or []))
-        self.fd.flush()
+        out = image.of_octets(self.fd)
+        out.write(image.makeheader(self.vm.dominfo or []))
+        out.flush()
         self.checkpointer = checkpoint.checkpointer()
         try:
             self.checkpointer.open(self.vm.domid)
