@@ -48,7 +48,7 @@ def test_the_instance_is_one_and_reads_where_xend_did(
 
 def test_without_a_file_the_defaults_are_xends() -> None:
     options = XendOptions.XendOptions()
-    assert options.config == ("xend-config",)
+    assert options.config == ["xend-config"]
     assert options.get_xend_relocation_port() == 8002
     assert options.get_xend_relocation_ssl_port() == 8003
     assert options.get_xend_relocation_server() is False
