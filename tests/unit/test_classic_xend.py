@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import remus_colo.classic.finder  # noqa: F401
 from remus_colo import config, config_keys
 from remus_colo import sxp as ours
-from remus_colo.errors import ConfigError, RemusError
+from remus_colo.errors import ConfigError, HostError, RemusError
 
 from xen.xend import XendOptions, sxp  # isort: skip
 from xen.xend.XendError import XendError  # isort: skip
@@ -175,3 +176,30 @@ def test_what_is_no_saved_domain(tmp_path: Path, content: bytes, said: str) -> N
     (tmp_path / "saved").write_bytes(content)
     with open(tmp_path / "saved", "rb") as saved, pytest.raises(XendError, match=re.escape(said)):
         XendCheckpoint.restore(None, saved.fileno())
+
+
+def test_the_end_of_a_secondary(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    class Session:
+        def __init__(self, domid: int | None, error: str = "") -> None:
+            self.domid = domid
+            self._error = error
+
+        def run(self) -> None:
+            if self._error:
+                raise HostError(self._error)
+
+    monkeypatch.setattr(XendCheckpoint.vm, "VM", lambda domid: ("VM", domid))
+    assert XendCheckpoint.restore(None, -1, colo=Session(5)) == ("VM", 5)
+    for colo, said in (
+        (Session(None), "goes on elsewhere"),
+        (Session(None, "there is no xl"), "there is no xl"),
+        (True, "give its session"),
+    ):
+        with pytest.raises(XendError, match=said):
+            XendCheckpoint.restore(None, -1, colo=colo)
+    # as save() has it: no COLO
+    with open(os.devnull, "rb") as nothing, pytest.raises(XendError, match="signature read"):
+        XendCheckpoint.restore(None, nothing.fileno(), colo=False)

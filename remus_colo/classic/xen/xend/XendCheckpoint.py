@@ -121,11 +121,8 @@ def restore(
     :raise VmError: a domain of that name is here already.
     :raise XendError: the file is none, or the domain could not be made.
     """
-    if colo is not None:
-        colo.run()
-        if colo.domid is None:
-            raise XendError("the protection has ended, and the guest goes on elsewhere")
-        return vm.VM(colo.domid)
+    if colo:
+        return _restore_colo(colo)
     signature = read_exact(fd, len(SIGNATURE), "not a valid guest state file: signature read")
     if signature == COLO_SIGNATURE.encode():
         raise XendError("this is a COLO stream: send it to remusd, which runs the second copy of the guest")
@@ -157,6 +154,18 @@ def restore(
     except RemusError as error:
         raise XendError(str(error)) from error
     return vm.VM(domid)
+
+
+def _restore_colo(session: Any) -> vm.VM:
+    if not hasattr(session, "run"):
+        raise XendError("a COLO stream has two connections, and remusd runs it: give its session as colo")
+    try:
+        session.run()
+    except RemusError as error:
+        raise XendError(str(error)) from error
+    if session.domid is None:
+        raise XendError("the protection has ended, and the guest goes on elsewhere")
+    return vm.VM(session.domid)
 
 
 def _refuse_existing(name: str) -> None:
