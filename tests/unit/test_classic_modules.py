@@ -257,6 +257,34 @@ def test_a_series_of_checkpoints_becomes_the_last_of_them(tmp_path: Path, compac
     assert count == (2 if compact else 3)
 
 
+def test_a_page_that_has_lost_its_content_does_not_get_it_back() -> None:
+    header = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32)
+    gone = 0xF << libxc.TYPE_SHIFT | 1  # XTAB
+    without_content = record(libxc.PAGE_DATA, libxc.PAGE_DATA_PREFIX.pack(1, 0) + struct.pack("<Q", gone))
+    out = io.BytesIO()
+    writer = image.Writer(out, compact=True)
+    writer.slurp(io.BytesIO(header + page_data((0, 1), (1, 1)) + CHECKPOINT + without_content + CHECKPOINT))
+    writer.close()
+    assert out.getvalue() == header + page_data((0, 1)) + without_content + libxc.END_RECORD
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"\1\0",
+        CHECKPOINT * 2,
+        record(libxc.PAGE_DATA, b""),
+        record(libxc.PAGE_DATA, libxc.PAGE_DATA_PREFIX.pack(9, 0)),
+        # of the stream of Xen 4.4: a count, numbers, pages
+        struct.pack("<iQ", 1, 5) + bytes(libxc.PAGE_SIZE),
+    ],
+)
+def test_what_is_no_batch(broken: bytes) -> None:
+    with pytest.raises(image.VMParseException):
+        image.parsebatch(broken)
+
+
 # -- where checkpoints go --------------------------------------------------------------------------
 
 

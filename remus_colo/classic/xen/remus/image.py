@@ -14,6 +14,7 @@ from xen.remus import vm
 from xen.xend import sxp
 
 from remus_colo.checkpoint import libxcrecords as libxc
+from remus_colo.errors import FramingError
 
 __all__ = [
     "COLO_SIGNATURE",
@@ -130,11 +131,27 @@ def readbatch(fd: IO[bytes]) -> tuple[int, bytes]:
 
 
 def parsebatch(batch: bytes) -> list[tuple[int, bytes]]:
-    """The pages of a record, each with its entry: its number, and its type in the highest 4 bits."""
-    (record,) = libxc.records(batch)
-    if record.kind != libxc.PAGE_DATA:
-        return []
-    return [(page.entry, batch[page.offset : page.offset + PAGE_SIZE]) for page in libxc.pages(batch, record)]
+    """The pages of a record, each with its entry: its number, and its type in the highest 4 bits.
+
+    :raise VMParseException: this is no record of today's stream.
+    """
+    return [(entry, page) for entry, page in _entries(batch) if page]
+
+
+def _entries(batch: bytes) -> list[tuple[int, bytes]]:
+    """As :func:`parsebatch`, with the pages that have no content, too: here they have none."""
+    try:
+        found = list(libxc.records(batch))
+        if len(found) != 1:
+            raise VMParseException(f"expected one record, got {len(found)}")
+        if found[0].kind != libxc.PAGE_DATA:
+            return []
+        return [
+            (entry, b"" if offset is None else batch[offset : offset + PAGE_SIZE])
+            for entry, offset in libxc.all_pages(batch, found[0])
+        ]
+    except FramingError as error:
+        raise VMParseException(str(error)) from error
 
 
 class Writer:
@@ -197,9 +214,8 @@ class Writer:
     def _complete(self) -> None:
         for batch in self._new_pages:
             if self.compact:
-                self._pages.update(
-                    (entry & libxc.PFN_MASK, (entry, page)) for entry, page in parsebatch(batch)
-                )
+                # one that has lost its content, as ballooning does it, must not get back what it had
+                self._pages.update((entry & libxc.PFN_MASK, (entry, page)) for entry, page in _entries(batch))
             else:
                 self.fd.write(batch)
         self._state = self._new_state
