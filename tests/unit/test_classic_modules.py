@@ -10,8 +10,9 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import pytest
 import remus_colo.classic.finder
 from remus_colo import config, dominfo
 from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenctrl import DomainInfo, ShutdownReason
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic import protection
 from remus_colo.classic.protection import Calls, Plain, goes_on
@@ -409,6 +411,35 @@ def test_what_a_callback_says(answer: object, on: bool) -> None:
 def test_a_checkpointer_wants_to_be_opened_first() -> None:
     with pytest.raises(checkpoint.error, match="not opened"):
         checkpoint.checkpointer().start(open(os.devnull, "wb"))  # noqa: SIM115
+
+
+def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoints' first suspend would find it done, and then resume a guest that may run on the backup."""
+    left = DomainInfo(
+        7,
+        1,
+        0,
+        1,
+        True,
+        True,
+        False,
+        shutdown=True,
+        shutdown_reason=ShutdownReason.SUSPEND,
+        paused=False,
+        blocked=False,
+    )
+
+    @contextlib.contextmanager
+    def entered(*_: object, **__: object) -> Iterator[Any]:
+        yield SimpleNamespace(info=lambda: left)
+
+    monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
+    monkeypatch.setattr(toolstack, "domain_name", lambda _: "web")
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: CONFIG)
+    for name in ("only_one", "Store", "Guest"):
+        monkeypatch.setattr(protection, name, entered)
+    with pytest.raises(checkpoint.error, match="web is suspended"):
+        checkpoint.checkpointer().open(7)
 
 
 # -- devices ---------------------------------------------------------------------------------------
