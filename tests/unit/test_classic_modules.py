@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -520,6 +521,40 @@ def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # an owner that is gone has nothing
     pool.save({one.devname: 2**22 + 1, other.devname: 2**22 + 1})
     assert pool.get().devname == one.devname
+
+
+def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Plug:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            return lambda: calls.append(name)
+
+        def remove(self, deadline_s: float = 0.0) -> None:
+            calls.append("remove" if deadline_s > time.monotonic() else "drop")
+
+    class Buffer(device.Netbuf):
+        def install(self, vif: object) -> None:
+            calls.append("divert")
+
+        def uninstall(self) -> None:
+            calls.append("straight")
+
+    pool = SimpleNamespace(get=lambda: Buffer("lo"), put=lambda buffer: calls.append("put"))
+    monkeypatch.setattr(device, "selectnetbuf", lambda: Buffer)
+    monkeypatch.setattr(device, "Netbufpool", lambda kind: pool)
+    monkeypatch.setattr(device, "Plug", Plug)
+    monkeypatch.setattr(device, "Links", contextlib.nullcontext)
+    monkeypatch.setattr(device.kmod, "load", lambda *_: None)
+    nic = device.BufferedNIC(vif.parse({}, 7, 0))
+    nic.postsuspend()
+    nic.commit()
+    nic.uninstall()
+    nic.uninstall()
+    assert calls == ["divert", "install", "buffer", "release_one", "remove", "straight", "put"]
 
 
 def test_vifs() -> None:

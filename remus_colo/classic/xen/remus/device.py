@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.rawlink import CopyingTap
 from remus_colo.devices.device import CheckpointedDevice
 from remus_colo.devices.disk import DRBD_PREFIX, DrbdDisk
-from remus_colo.devices.netbuffer import LIMIT_BYTES
+from remus_colo.devices.netbuffer import DRAIN_TIMEOUT_S, LIMIT_BYTES
 from remus_colo.errors import RemusError
 from remus_colo.proxy.primary_path import VifPath
 
@@ -319,7 +320,8 @@ class BufferedNIC(CheckpointedDevice):
                 links = stack.enter_context(Links())
                 plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
                 plug.install()
-                stack.callback(_tell, plug.remove)
+                # what is held gets time to leave: removed at once, the plug would drop it
+                stack.callback(_tell, lambda: plug.remove(time.monotonic() + DRAIN_TIMEOUT_S))
                 self._undo.push(stack.pop_all())
         except RemusError as error:
             raise BufferedNICException(str(error)) from error
