@@ -521,6 +521,10 @@ def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # an owner that is gone has nothing
     pool.save({one.devname: 2**22 + 1, other.devname: 2**22 + 1})
     assert pool.get().devname == one.devname
+    # what a killed process has left half written is nothing
+    Path(pool.path).write_text(f"{one.devname}\n{other.devname} x\n\n")
+    assert pool.load() == {}
+    assert pool.get().devname == one.devname
 
 
 def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:

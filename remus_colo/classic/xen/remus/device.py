@@ -257,11 +257,13 @@ class Netbufpool:
             self.save(table)
 
     def load(self) -> dict[str, int]:
+        """Without lines that somebody who was killed has left half written."""
         try:
-            with open(self.path, encoding="ascii") as lines:
-                return {name: int(pid) for name, pid in (line.split() for line in lines)}
+            with open(self.path, encoding="ascii", errors="replace") as lines:
+                entries = [line.split() for line in lines]
         except FileNotFoundError:
             return {}
+        return {entry[0]: int(entry[1]) for entry in entries if len(entry) == 2 and entry[1].isdecimal()}
 
     def save(self, table: dict[str, int]) -> None:
         with open(self.path, "w", encoding="ascii") as lines:
