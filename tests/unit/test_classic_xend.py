@@ -203,3 +203,15 @@ def test_the_end_of_a_secondary(monkeypatch: pytest.MonkeyPatch) -> None:
     # as save() has it: no COLO
     with open(os.devnull, "rb") as nothing, pytest.raises(XendError, match="signature read"):
         XendCheckpoint.restore(None, nothing.fileno(), colo=False)
+
+
+def test_an_hvm_guest_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be saved of it lacks its device model, and the domain is destroyed when it is saved."""
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    domain = XendCheckpoint.vm.VM(dominfo=["domain", ["domid", "7"], ["name", "web"]])
+    monkeypatch.setattr(XendCheckpoint.toolstack, "domain_config", lambda _: {"c_info": {"type": "hvm"}})
+    with open(tmp_path / "saved", "wb") as saved, pytest.raises(XendError, match="web is an HVM guest"):
+        XendCheckpoint.save(saved, domain)
+    assert (tmp_path / "saved").read_bytes() == b""
