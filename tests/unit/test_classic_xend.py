@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -205,13 +207,21 @@ def test_the_end_of_a_secondary(monkeypatch: pytest.MonkeyPatch) -> None:
         XendCheckpoint.restore(None, nothing.fileno(), colo=False)
 
 
-def test_an_hvm_guest_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be saved of it lacks its device model, and the domain is destroyed when it is saved."""
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("hvm", "web is an HVM guest"), ("pvh", "web is suspended"), ("pv", "web is suspended")],
+)
+def test_what_is_not_saved(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be saved of an HVM guest lacks its device model, and the domain is destroyed when it is saved.  One that
+    a remus left suspended may run on the backup, and would be resumed if saving failed."""
     pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
     from xen.xend import XendCheckpoint
 
     domain = XendCheckpoint.vm.VM(dominfo=["domain", ["domid", "7"], ["name", "web"]])
-    monkeypatch.setattr(XendCheckpoint.toolstack, "domain_config", lambda _: {"c_info": {"type": "hvm"}})
-    with open(tmp_path / "saved", "wb") as saved, pytest.raises(XendError, match="web is an HVM guest"):
+    left = SimpleNamespace(shutdown=True, shutdown_reason=2, dying=False, paused=False)
+    guest = contextlib.nullcontext(SimpleNamespace(info=lambda: left))
+    monkeypatch.setattr(XendCheckpoint, "Guest", lambda *_, **__: guest)
+    monkeypatch.setattr(XendCheckpoint.toolstack, "domain_config", lambda _: {"c_info": {"type": kind}})
+    with open(tmp_path / "saved", "wb") as saved, pytest.raises(XendError, match=said):
         XendCheckpoint.save(saved, domain)
     assert (tmp_path / "saved").read_bytes() == b""

@@ -18,7 +18,7 @@ from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import birth
-from remus_colo.checkpoint.guestinfo import refuse_for_remus
+from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.errors import DomainError, RemusError
 
@@ -81,6 +81,8 @@ def save(
         refuse_for_remus(
             domain.name, config
         )  # or it would be destroyed, and its device model's state be nowhere
+        with Guest(domain.domid, writable=False) as guest:
+            refuse_stopped(domain.name, guest.info())
         header = image.makeheader(domain.dominfo or [])
         number = fd if isinstance(fd, int) else fd.fileno()
         write_exact(number, header, "could not write guest state file: header")
