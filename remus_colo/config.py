@@ -180,8 +180,10 @@ class _Reader:
         try:
             return Setting(key.kind.read(text), text, where)
         except re.error as error:
+            # what xend made of one is told by a note, and those are not shown with an error
+            hint = "; between quotes a backslash is written twice" if "\\" in text else ""
             raise ConfigError(
-                f"{where}: {name} cannot be {shown}: it is no regular expression: {error}"
+                f"{where}: {name} cannot be {shown}: it is no regular expression: {error}{hint}"
             ) from error
         except ValueError as error:
             raise ConfigError(f"{where}: {name} cannot be {shown}: {key.kind.allowed} is allowed") from error
@@ -198,10 +200,6 @@ class _Reader:
 def _check_heartbeat(colo: Mapping[str, Setting]) -> None:
     """:raise ConfigError: what the file sets cannot go together, whatever the command line adds to it."""
     timeout, interval = colo.get("heartbeat-timeout"), colo.get("heartbeat-interval")
-    if interval is not None and not interval.value:
-        raise ConfigError(
-            f"{interval.where}: heartbeat-interval cannot be 0: a whole number of milliseconds from 1 is allowed"
-        )
     if (
         timeout is not None
         and interval is not None

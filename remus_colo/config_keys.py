@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from remus_colo import options
+from remus_colo.errors import ConfigError
 from remus_colo.failover.backup import UnknownPolicy
 from remus_colo.options import CheckpointChoice
 
@@ -71,6 +72,14 @@ def _positive(text: str) -> int:
     return number
 
 
+def _limits(text: str) -> str:
+    try:
+        options.parse_limits(text)
+    except ConfigError as error:
+        raise ValueError(text) from error
+    return text
+
+
 def _file(text: str) -> Path | None:
     """A name without a directory is one in /etc/xen, as it was to xend."""
     if not text:
@@ -114,8 +123,10 @@ def _script(text: str) -> tuple[str, ...]:
 BOOL = Kind("yes or no", _bool)
 PORT = Kind("a port from 1 to 65535", _port)
 MILLISECONDS = Kind("a whole number of milliseconds", _natural)
+SOME_MILLISECONDS = Kind("a whole number of milliseconds from 1", _positive)
 NUMBER = Kind("a whole number", _natural)
 COUNT = Kind("a whole number from 1", _positive)
+LIMITS = Kind(f"NAME=NUMBER with commas between them, from 1, of {', '.join(options.LIMITS)},", _limits)
 TEXT = Kind("a word or a string", str)
 FILE = Kind("a file; without a directory it is one in /etc/xen", _file)
 ABSOLUTE_FILE = Kind("a path that begins with /", _absolute)
@@ -161,12 +172,12 @@ XEND_KEYS: Mapping[str, Key] = {
 
 # Ours, in the group (remus-colo ...).
 COLO_KEYS: Mapping[str, Key] = {
-    "interval": Key(MILLISECONDS, _number(options.DEFAULT_INTERVAL_MS), Use.REMUS),
+    "interval": Key(SOME_MILLISECONDS, _number(options.DEFAULT_INTERVAL_MS), Use.REMUS),
     "checkpoint": Key(CHECKPOINT, CheckpointChoice.AUTO.value, Use.REMUS),
-    "compare-timeout": Key(MILLISECONDS, _number(options.DEFAULT_COMPARE_TIMEOUT_MS), Use.REMUS),
-    "limits": Key(TEXT, "", Use.REMUS),
+    "compare-timeout": Key(SOME_MILLISECONDS, _number(options.DEFAULT_COMPARE_TIMEOUT_MS), Use.REMUS),
+    "limits": Key(LIMITS, "", Use.REMUS),
     "period": Key(MILLISECONDS, _number(options.DEFAULT_PERIOD_MS), Use.REMUS),
-    "heartbeat-interval": Key(MILLISECONDS, _number(options.DEFAULT_HEARTBEAT_INTERVAL_MS), Use.REMUS),
+    "heartbeat-interval": Key(SOME_MILLISECONDS, _number(options.DEFAULT_HEARTBEAT_INTERVAL_MS), Use.REMUS),
     "heartbeat-timeout": Key(MILLISECONDS, _number(options.DEFAULT_HEARTBEAT_TIMEOUT_MS), Use.REMUS),
     "verify": Key(NUMBER, "0", Use.REMUS),
     "compression": Key(BOOL, "yes", Use.REMUS),

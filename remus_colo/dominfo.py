@@ -112,8 +112,10 @@ def _elements(found: dict[str, Any]) -> list[Sxpr]:
     for name, value in found.items():
         if isinstance(value, dict):
             singles = {key: item for key, item in value.items() if not isinstance(item, list)}
-            if singles or not value:
+            if singles:
                 elements.append([name, *_elements(singles)])
+            elif not value:
+                elements.append([name, []])  # xend's ['cpus', [[]]]; without a list it would be no dictionary
             # What was merged is told apart by an element for each.
             for key, items in value.items():
                 if isinstance(items, list):

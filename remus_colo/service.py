@@ -33,7 +33,15 @@ _PRIORITIES = (
 # -- what it says --------------------------------------------------------------------------------------------
 
 
-class JournalFormatter(logging.Formatter):
+class LineFormatter(logging.Formatter):
+    """One line for each record, but for a traceback: what a peer gave as its reason must not look like a line of ours."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+class JournalFormatter(LineFormatter):
     """Puts ``<priority>`` before each line, which the journal takes off again (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -66,7 +74,7 @@ def set_up_logging(level: int, log_file: Path | None = None) -> None:
     else:
         # others, like a container's log, have time stamps of their own
         stamp = "%(asctime)s " if sys.stderr.isatty() else ""
-        stream.setFormatter(logging.Formatter(f"{stamp}%(levelname)s %(name)s: %(message)s"))
+        stream.setFormatter(LineFormatter(f"{stamp}%(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [stream]
     if log_file is not None:
         handlers.append(_log_file(log_file))
@@ -80,7 +88,7 @@ def _log_file(path: Path) -> logging.Handler:
     except OSError as error:
         raise ConfigError(f"cannot write the logfile {path}: {error.strerror}") from error
     handler.setFormatter(
-        logging.Formatter("[%(asctime)s %(process)d] %(levelname)s (%(module)s:%(lineno)d) %(message)s")
+        LineFormatter("[%(asctime)s %(process)d] %(levelname)s (%(module)s:%(lineno)d) %(message)s")
     )
     return handler
 
@@ -148,7 +156,7 @@ class Background:
                 root.removeHandler(handler)
         if not root.handlers and os.path.exists(SYSLOG):
             syslog = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
-            syslog.setFormatter(logging.Formatter(f"remusd[{os.getpid()}]: %(message)s"))
+            syslog.setFormatter(LineFormatter(f"remusd[{os.getpid()}]: %(message)s"))
             root.addHandler(syslog)
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDWR)

@@ -19,8 +19,9 @@ from typing import Any
 from remus_colo import cli, config
 from remus_colo import options as defaults
 from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import refuse_for_remus
+from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.periodic import PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
@@ -78,6 +79,9 @@ class Domain:
         try:
             self._stack.enter_context(only_one(self.domid, self.name))
             self.store = self._stack.enter_context(Store())
+            # one that has been left suspended would pass for one that has just done so, and be resumed
+            with Guest(self.domid, writable=False) as guest:
+                refuse_stopped(self.name, guest.info())
             self.engine = RemusEngine(self.domid, self.store)
             self._stack.callback(self.engine.close)
         except BaseException:

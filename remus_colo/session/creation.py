@@ -43,11 +43,12 @@ class AnyCreation(Protocol):
         """The SVM gets the PVM's clock, by this at first; None: it takes this host's when it resumes."""
 
 
-def _check_name(config: dict[str, Any]) -> None:
-    name = config["c_info"]["name"]
-    if not isinstance(name, str):
-        raise TypeError(f"the domain's name is {name!r}")
-    check_word("the domain", name)
+def _check_names(named: Any, config: dict[str, Any]) -> None:
+    """That the guest goes by, in the log and for the fencing hook, and that of its domain."""
+    for name in (named, config["c_info"]["name"]):
+        if not isinstance(name, str):
+            raise TypeError(f"the domain's name is {name!r}")
+        check_word("the domain", name)
 
 
 def _address(text: str | None) -> str | None:
@@ -88,11 +89,11 @@ class Creation:
             tunnel = fields["tunnel"]
             vifs = tunnel["vifs"]
             config = dict(fields["config"])
-            _check_name(config)
+            _check_names(fields["name"], config)
             if not _TAG.fullmatch(tunnel["tag"]):
                 raise ValueError(f"{tunnel['tag']!r} is no tag")
             return cls(
-                name=str(fields["name"]),
+                name=fields["name"],
                 mode=Mode(fields["mode"]),
                 config=config,
                 tag=tunnel["tag"],
@@ -136,9 +137,9 @@ class RemusCreation:
         fields = message.fields
         try:
             config = dict(fields["config"])
-            _check_name(config)
+            _check_names(fields["name"], config)
             return cls(
-                name=str(fields["name"]),
+                name=fields["name"],
                 config=config,
                 same_host=bool(fields["tunnel"]["same_host"]),
                 handles=tuple(int(handle) for handle in fields["tunnel"]["vifs"]),

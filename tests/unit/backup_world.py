@@ -354,6 +354,12 @@ class World:
             assert time.monotonic() < deadline_s, f"no event {name!r}"
             time.sleep(0.002)
 
+    def await_state_after(self, state: str) -> None:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while state not in self.states()[:-1]:
+            assert time.monotonic() < deadline_s, f"no state after {state!r}"
+            time.sleep(0.002)
+
     def call(self, call: Callable[[], object]) -> None:
         """In the session's loop, to the end of it."""
         done = threading.Event()

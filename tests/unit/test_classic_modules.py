@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import remus_colo.classic.finder
 from remus_colo import config, dominfo
+from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenctrl import DomainInfo, ShutdownReason
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic import protection
 from remus_colo.classic.protection import Calls, Plain, goes_on
@@ -133,6 +139,15 @@ def test_a_description_of_a_domain_that_does_not_run() -> None:
     assert domain.dom["image"] == {"linux": {"kernel": None, "bare": None}}
 
 
+def test_devices_of_which_nothing_is_said() -> None:
+    assert (vm.getvifs({}), vm.getvifs({"device": None}), vm.getdisks({"device": None})) == ([], [], [])
+    text = "(vm (name web) (device (vif)) (device (vif (mac 0:16:3e:0:0:1))))"
+    bare, told = vm.VM(dominfo=vm.strtosxpr(text)).vifs
+    assert (bare.dev, bare.mac, told.dev, told.mac) == ("vif-1.0", "", "vif-1.1", "00:16:3e:00:00:01")
+    with pytest.raises(blkdev.BlkDevException, match="no device"):
+        vm.VM(dominfo=vm.strtosxpr("(vm (name web) (device (vbd)))"))
+
+
 def test_the_name_of_a_disk_keeps_its_last_letters() -> None:
     # the old module's rstrip(':disk') took them away
     assert blkdev.BlkDev(dev="xvdd:disk", mode="w").dev == "xvdd"
@@ -182,6 +197,36 @@ def page_data(*pages: tuple[int, int]) -> bytes:
 CHECKPOINT = record(libxc.CHECKPOINT, b"")
 
 
+def test_files_that_2to3_has_left_as_they_were(tmp_path: Path) -> None:
+    header = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32)
+    (tmp_path / "saved").write_bytes(header + page_data((0, 0xFF)) + CHECKPOINT)
+    with open(tmp_path / "saved") as saved, open(tmp_path / "image", "w") as out:
+        assert image.VMImage(saved).dom == image.parseheader(header[20:-40])
+        saved.buffer.seek(0)
+        writer = image.Writer(out)
+        writer.slurp(saved)
+        writer.close()
+    assert (tmp_path / "image").read_bytes() == header + page_data((0, 0xFF)) + libxc.END_RECORD
+
+
+def test_a_saver_writes_its_header_to_a_file_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checkpointer(checkpoint.checkpointer):
+        def open(self, domid: int) -> None:
+            assert domid == 7
+
+        def start(self, iofile: Any, *args: Any, **options: Any) -> None:
+            os.write(iofile.fileno(), b"checkpoints")
+
+    monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: CONFIG)
+    monkeypatch.setattr(checkpoint, "checkpointer", Checkpointer)
+    with open(tmp_path / "image", "w") as out:
+        save.Saver("web", out).start()
+    assert (tmp_path / "image").read_bytes() == image.makeheader(
+        dominfo.from_libxl(7, CONFIG)
+    ) + b"checkpoints"
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_a_series_of_checkpoints_becomes_the_last_of_them(tmp_path: Path, compact: bool) -> None:
     start = (
@@ -215,6 +260,34 @@ def test_a_series_of_checkpoints_becomes_the_last_of_them(tmp_path: Path, compac
     assert count == (2 if compact else 3)
 
 
+def test_a_page_that_has_lost_its_content_does_not_get_it_back() -> None:
+    header = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32)
+    gone = 0xF << libxc.TYPE_SHIFT | 1  # XTAB
+    without_content = record(libxc.PAGE_DATA, libxc.PAGE_DATA_PREFIX.pack(1, 0) + struct.pack("<Q", gone))
+    out = io.BytesIO()
+    writer = image.Writer(out, compact=True)
+    writer.slurp(io.BytesIO(header + page_data((0, 1), (1, 1)) + CHECKPOINT + without_content + CHECKPOINT))
+    writer.close()
+    assert out.getvalue() == header + page_data((0, 1)) + without_content + libxc.END_RECORD
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"\1\0",
+        CHECKPOINT * 2,
+        record(libxc.PAGE_DATA, b""),
+        record(libxc.PAGE_DATA, libxc.PAGE_DATA_PREFIX.pack(9, 0)),
+        # of the stream of Xen 4.4: a count, numbers, pages
+        struct.pack("<iQ", 1, 5) + bytes(libxc.PAGE_SIZE),
+    ],
+)
+def test_what_is_no_batch(broken: bytes) -> None:
+    with pytest.raises(image.VMParseException):
+        image.parsebatch(broken)
+
+
 # -- where checkpoints go --------------------------------------------------------------------------
 
 
@@ -230,6 +303,31 @@ def test_a_file_for_each_round(tmp_path: Path) -> None:
     out.close()
     names = [str(path), f"{path}.1", f"{path}.2"]
     assert [Path(name).read_bytes() for name in names] == rounds
+
+
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_a_round_that_its_disk_does_not_take(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "cp"
+    path.symlink_to("/dev/full")
+    out = save.CheckpointingFile(str(path))
+    # the pipe takes what is little, and breaks under what is much
+    with contextlib.nullcontext() if size == 1 else pytest.raises(PeerLost):
+        Plain(out.fileno()).deliver(0, memoryview(bytes(size)))
+    told: list[int | None] = []
+
+    def checkpoint() -> None:
+        try:
+            out.checkpoint()
+        except OSError as error:
+            told.append(error.errno)
+
+    waiting = threading.Thread(target=checkpoint, daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert told == [errno.ENOSPC]
+    with pytest.raises(OSError, match="No space left"):
+        out.close()
+    out.close()
 
 
 def test_nothing_comes_of_a_null_socket() -> None:
@@ -316,6 +414,35 @@ def test_a_checkpointer_wants_to_be_opened_first() -> None:
         checkpoint.checkpointer().start(open(os.devnull, "wb"))  # noqa: SIM115
 
 
+def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoints' first suspend would find it done, and then resume a guest that may run on the backup."""
+    left = DomainInfo(
+        7,
+        1,
+        0,
+        1,
+        True,
+        True,
+        False,
+        shutdown=True,
+        shutdown_reason=ShutdownReason.SUSPEND,
+        paused=False,
+        blocked=False,
+    )
+
+    @contextlib.contextmanager
+    def entered(*_: object, **__: object) -> Iterator[Any]:
+        yield SimpleNamespace(info=lambda: left)
+
+    monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
+    monkeypatch.setattr(toolstack, "domain_name", lambda _: "web")
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: CONFIG)
+    for name in ("only_one", "Store", "Guest"):
+        monkeypatch.setattr(protection, name, entered)
+    with pytest.raises(checkpoint.error, match="web is suspended"):
+        checkpoint.checkpointer().open(7)
+
+
 # -- devices ---------------------------------------------------------------------------------------
 
 
@@ -394,6 +521,44 @@ def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # an owner that is gone has nothing
     pool.save({one.devname: 2**22 + 1, other.devname: 2**22 + 1})
     assert pool.get().devname == one.devname
+    # what a killed process has left half written is nothing
+    Path(pool.path).write_text(f"{one.devname}\n{other.devname} x\n\n")
+    assert pool.load() == {}
+    assert pool.get().devname == one.devname
+
+
+def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Plug:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            return lambda: calls.append(name)
+
+        def remove(self, deadline_s: float = 0.0) -> None:
+            calls.append("remove" if deadline_s > time.monotonic() else "drop")
+
+    class Buffer(device.Netbuf):
+        def install(self, vif: object) -> None:
+            calls.append("divert")
+
+        def uninstall(self) -> None:
+            calls.append("straight")
+
+    pool = SimpleNamespace(get=lambda: Buffer("lo"), put=lambda buffer: calls.append("put"))
+    monkeypatch.setattr(device, "selectnetbuf", lambda: Buffer)
+    monkeypatch.setattr(device, "Netbufpool", lambda kind: pool)
+    monkeypatch.setattr(device, "Plug", Plug)
+    monkeypatch.setattr(device, "Links", contextlib.nullcontext)
+    monkeypatch.setattr(device.kmod, "load", lambda *_: None)
+    nic = device.BufferedNIC(vif.parse({}, 7, 0))
+    nic.postsuspend()
+    nic.commit()
+    nic.uninstall()
+    nic.uninstall()
+    assert calls == ["divert", "install", "buffer", "release_one", "remove", "straight", "put"]
 
 
 def test_vifs() -> None:
@@ -430,6 +595,10 @@ def test_qdiscs_by_kind() -> None:
     cfifo = qdisc.Qdisc({"kind": "cfifo", "handle": 0})
     cfifo.parse(["epoch", "4", "vmid", "2"])
     assert cfifo.optstr() == "epoch 4 vmID 2"
+    # as getqdisc() tells of one without options
+    for nothing in (None, b""):
+        assert qdisc.Qdisc({"kind": "cfifo", "handle": 0, "options": nothing}).optstr() == "epoch 0 vmID 0"
+        assert qdisc.Qdisc({"kind": "prio", "handle": 0, "options": nothing}).optstr().startswith("bands 3 ")
 
 
 @pytest.mark.parametrize("broken", [b"\x01\x00\x01\x00", b"\xff\x00\x01\x00abcd"])
@@ -453,6 +622,9 @@ def test_commands() -> None:
     assert util.runcmd(["printf", r"\303"]) == "\udcc3"
     with pytest.raises(util.PipeException, match="empty"):
         util.runcmd("")
+    with pytest.raises(util.PipeException, match="quot"):
+        util.runcmd("echo it's")
+    assert not util.modprobe("no name")
     assert util.checkpid(os.getpid())
     assert not util.checkpid(2**22 + 1)
 

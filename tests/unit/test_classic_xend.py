@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import remus_colo.classic.finder  # noqa: F401
 from remus_colo import config, config_keys
 from remus_colo import sxp as ours
-from remus_colo.errors import ConfigError, RemusError
+from remus_colo.errors import ConfigError, HostError, RemusError
 
 from xen.xend import XendOptions, sxp  # isort: skip
 from xen.xend.XendError import XendError  # isort: skip
@@ -48,7 +51,7 @@ def test_the_instance_is_one_and_reads_where_xend_did(
 
 def test_without_a_file_the_defaults_are_xends() -> None:
     options = XendOptions.XendOptions()
-    assert options.config == ("xend-config",)
+    assert options.config == ["xend-config"]
     assert options.get_xend_relocation_port() == 8002
     assert options.get_xend_relocation_ssl_port() == 8003
     assert options.get_xend_relocation_server() is False
@@ -175,3 +178,50 @@ def test_what_is_no_saved_domain(tmp_path: Path, content: bytes, said: str) -> N
     (tmp_path / "saved").write_bytes(content)
     with open(tmp_path / "saved", "rb") as saved, pytest.raises(XendError, match=re.escape(said)):
         XendCheckpoint.restore(None, saved.fileno())
+
+
+def test_the_end_of_a_secondary(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    class Session:
+        def __init__(self, domid: int | None, error: str = "") -> None:
+            self.domid = domid
+            self._error = error
+
+        def run(self) -> None:
+            if self._error:
+                raise HostError(self._error)
+
+    monkeypatch.setattr(XendCheckpoint.vm, "VM", lambda domid: ("VM", domid))
+    assert XendCheckpoint.restore(None, -1, colo=Session(5)) == ("VM", 5)
+    for colo, said in (
+        (Session(None), "goes on elsewhere"),
+        (Session(None, "there is no xl"), "there is no xl"),
+        (True, "give its session"),
+    ):
+        with pytest.raises(XendError, match=said):
+            XendCheckpoint.restore(None, -1, colo=colo)
+    # as save() has it: no COLO
+    with open(os.devnull, "rb") as nothing, pytest.raises(XendError, match="signature read"):
+        XendCheckpoint.restore(None, nothing.fileno(), colo=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("hvm", "web is an HVM guest"), ("pvh", "web is suspended"), ("pv", "web is suspended")],
+)
+def test_what_is_not_saved(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be saved of an HVM guest lacks its device model, and the domain is destroyed when it is saved.  One that
+    a remus left suspended may run on the backup, and would be resumed if saving failed."""
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    domain = XendCheckpoint.vm.VM(dominfo=["domain", ["domid", "7"], ["name", "web"]])
+    left = SimpleNamespace(shutdown=True, shutdown_reason=2, dying=False, paused=False)
+    guest = contextlib.nullcontext(SimpleNamespace(info=lambda: left))
+    monkeypatch.setattr(XendCheckpoint, "Guest", lambda *_, **__: guest)
+    monkeypatch.setattr(XendCheckpoint.toolstack, "domain_config", lambda _: {"c_info": {"type": kind}})
+    with open(tmp_path / "saved", "wb") as saved, pytest.raises(XendError, match=said):
+        XendCheckpoint.save(saved, domain)
+    assert (tmp_path / "saved").read_bytes() == b""

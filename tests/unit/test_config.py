@@ -170,6 +170,17 @@ def test_what_is_told(text: str, note: str | None) -> None:
         ),
         ("(remus-colo (heartbeat-interval 0))", "heartbeat-interval cannot be 0:"),
         (
+            "(remus-colo (interval 0))",
+            "interval cannot be 0: a whole number of milliseconds from 1 is allowed",
+        ),
+        ("(remus-colo\n(compare-timeout 0))", "line 2: compare-timeout cannot be 0:"),
+        ("(remus-colo (limits 'flows=0'))", "line 1: limits cannot be 'flows=0': NAME=NUMBER"),
+        (
+            "\n(xend-relocation-hosts-allow '^10\\.78$')",
+            "line 2: xend-relocation-hosts-allow cannot be '^10\\\\78$': it is no regular expression: invalid group reference "
+            "78 at position 4; between quotes a backslash is written twice",
+        ),
+        (
             "(remus-colo (heartbeat-interval 500)\n(heartbeat-timeout 1000))",
             "line 2: heartbeat-timeout cannot be 1000: 3 times heartbeat-interval, which is 500, or more is allowed",
         ),

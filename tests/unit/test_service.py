@@ -62,8 +62,18 @@ def test_systemd_need_not_be_there(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 def test_the_journal_gets_priorities() -> None:
     formatter = service.JournalFormatter("%(name)s: %(message)s")
     for level, priority in ((50, 2), (40, 3), (30, 4), (20, 6), (10, 7), (5, 7)):
-        record = logging.LogRecord("a.b", level, "", 0, "two\nlines", None, None)
-        assert formatter.format(record) == f"<{priority}>a.b: two\n<{priority}>lines"
+        record = logging.LogRecord("a.b", level, "", 0, "what is wrong", None, None)
+        record.exc_text = "Traceback:\n  Error"
+        lines = ("a.b: what is wrong", "Traceback:", "  Error")
+        assert formatter.format(record).splitlines() == [f"<{priority}>{line}" for line in lines]
+
+
+def test_no_peer_writes_lines_of_its_own() -> None:
+    said = "the primary: \x1b[2J\n<2>all is well\r \udcff caf\xe9"
+    record = logging.LogRecord("a", 20, "", 0, "%s", (said,), None)
+    shown = r"the primary: \x1b[2J\n<2>all is well\r \udcff café"
+    for formatter in (service.LineFormatter("%(message)s"), service.JournalFormatter("%(message)s")):
+        assert formatter.format(record).removeprefix("<6>") == shown
 
 
 def test_the_journal_is_known_by_its_inode() -> None:

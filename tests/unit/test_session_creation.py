@@ -53,6 +53,7 @@ def test_a_good_one() -> None:
         *((("tunnel", "vifs", 0, "handle"), value) for value in (float("inf"), None, "x")),
         *((("tunnel", "vifs", 0, "local"), value) for value in ("", "x", {}, "10.7.0.2; reboot")),
         *((("config", "c_info", "name"), value) for value in ("", "-x", "a b", "a\n", None, 5)),
+        *((("name",), value) for value in ("", "-x", "web\n<2>root: all is well", "web\0")),
         *((("mode",), value) for value in ("", "fast")),
         *((("clock_offset_ns",), value) for value in (1.5, "5", True, [], 1 << 63, -(1 << 63) - 1)),
     ],
@@ -65,6 +66,9 @@ def test_what_is_refused(path: tuple[Any, ...], value: Any) -> None:
     holder[path[-1]] = value
     with pytest.raises(MessageError, match="CREATE lacks a part or has a malformed one"):
         Creation.parse(message(changed))
+    if path[-1] == "name":
+        with pytest.raises(MessageError, match="CREATE lacks a part or has a malformed one"):
+            RemusCreation.parse(message({**changed, "mode": "remus", "tunnel": fields("remus")["tunnel"]}))
 
 
 @pytest.mark.parametrize("config", [{}, {"b_info": {}}, {"b_info": {"max_memkb": "x"}}, {"b_info": 5}])

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import socket
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.rawlink import CopyingTap
 from remus_colo.devices.device import CheckpointedDevice
 from remus_colo.devices.disk import DRBD_PREFIX, DrbdDisk
-from remus_colo.devices.netbuffer import LIMIT_BYTES
+from remus_colo.devices.netbuffer import DRAIN_TIMEOUT_S, LIMIT_BYTES
 from remus_colo.errors import RemusError
 from remus_colo.proxy.primary_path import VifPath
 
@@ -256,11 +257,13 @@ class Netbufpool:
             self.save(table)
 
     def load(self) -> dict[str, int]:
+        """Without lines that somebody who was killed has left half written."""
         try:
-            with open(self.path, encoding="ascii") as lines:
-                return {name: int(pid) for name, pid in (line.split() for line in lines)}
+            with open(self.path, encoding="ascii", errors="replace") as lines:
+                entries = [line.split() for line in lines]
         except FileNotFoundError:
             return {}
+        return {entry[0]: int(entry[1]) for entry in entries if len(entry) == 2 and entry[1].isdecimal()}
 
     def save(self, table: dict[str, int]) -> None:
         with open(self.path, "w", encoding="ascii") as lines:
@@ -319,7 +322,8 @@ class BufferedNIC(CheckpointedDevice):
                 links = stack.enter_context(Links())
                 plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
                 plug.install()
-                stack.callback(_tell, plug.remove)
+                # what is held gets time to leave: removed at once, the plug would drop it
+                stack.callback(_tell, lambda: plug.remove(time.monotonic() + DRAIN_TIMEOUT_S))
                 self._undo.push(stack.pop_all())
         except RemusError as error:
             raise BufferedNICException(str(error)) from error

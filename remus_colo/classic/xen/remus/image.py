@@ -6,6 +6,7 @@ The header is xend's.  The stream is that of today's Xen (docs/specs/libxc-migra
 
 from __future__ import annotations
 
+import io
 import struct
 from typing import IO, Any
 
@@ -13,6 +14,7 @@ from xen.remus import vm
 from xen.xend import sxp
 
 from remus_colo.checkpoint import libxcrecords as libxc
+from remus_colo.errors import FramingError
 
 __all__ = [
     "COLO_SIGNATURE",
@@ -42,6 +44,12 @@ STREAM_HEADERS_BYTES = 24 + 16
 
 class VMParseException(Exception):
     """This is no saved domain."""
+
+
+def of_octets(file: Any) -> Any:
+    """The file, or what is beneath it if it is one of text: ``open(path, 'w')`` and ``sys.stdout``, which 2to3 leaves as they are,
+    took octets in Python 2."""
+    return getattr(file, "buffer", file) if isinstance(file, io.TextIOBase) else file
 
 
 def makeheader(dominfo: list[Any], colo: bool = False) -> bytes:
@@ -80,7 +88,7 @@ class VMImage:
     :param img: its path, or a file that is open for reading bytes.
     """
 
-    def __init__(self, img: str | IO[bytes] | None = None) -> None:
+    def __init__(self, img: str | IO[Any] | None = None) -> None:
         self.img = img
         self.dom: dict[str, Any] | None = None
         self.fd: IO[bytes] | None = None
@@ -89,8 +97,8 @@ class VMImage:
         if img:
             self.open(img)
 
-    def open(self, img: str | IO[bytes]) -> None:
-        self.fd = open(img, "rb") if isinstance(img, str) else img  # noqa: SIM115 (it is kept)
+    def open(self, img: str | IO[Any]) -> None:
+        self.fd = open(img, "rb") if isinstance(img, str) else of_octets(img)  # noqa: SIM115 (it is kept)
         self.readheader()
 
     def readheader(self) -> None:
@@ -123,11 +131,27 @@ def readbatch(fd: IO[bytes]) -> tuple[int, bytes]:
 
 
 def parsebatch(batch: bytes) -> list[tuple[int, bytes]]:
-    """The pages of a record, each with its entry: its number, and its type in the highest 4 bits."""
-    (record,) = libxc.records(batch)
-    if record.kind != libxc.PAGE_DATA:
-        return []
-    return [(page.entry, batch[page.offset : page.offset + PAGE_SIZE]) for page in libxc.pages(batch, record)]
+    """The pages of a record, each with its entry: its number, and its type in the highest 4 bits.
+
+    :raise VMParseException: this is no record of today's stream.
+    """
+    return [(entry, page) for entry, page in _entries(batch) if page]
+
+
+def _entries(batch: bytes) -> list[tuple[int, bytes]]:
+    """As :func:`parsebatch`, with the pages that have no content, too: here they have none."""
+    try:
+        found = list(libxc.records(batch))
+        if len(found) != 1:
+            raise VMParseException(f"expected one record, got {len(found)}")
+        if found[0].kind != libxc.PAGE_DATA:
+            return []
+        return [
+            (entry, b"" if offset is None else batch[offset : offset + PAGE_SIZE])
+            for entry, offset in libxc.all_pages(batch, found[0])
+        ]
+    except FramingError as error:
+        raise VMParseException(str(error)) from error
 
 
 class Writer:
@@ -137,8 +161,8 @@ class Writer:
     :param compact: each page once, as it was last, instead of all that came.
     """
 
-    def __init__(self, fd: IO[bytes], compact: bool = False) -> None:
-        self.fd = fd
+    def __init__(self, fd: IO[Any], compact: bool = False) -> None:
+        self.fd: IO[bytes] = of_octets(fd)
         self.compact = compact
         self.vm: VMImage | None = None
         # Of the last whole checkpoint, and what has come since.
@@ -148,12 +172,12 @@ class Writer:
         self._new_state: list[bytes] = []
         self._begun = False
 
-    def slurp(self, ifd: str | IO[bytes]) -> None:
+    def slurp(self, ifd: str | IO[Any]) -> None:
         """Take what a file has: the first begins with the header, the following ones with a checkpoint.
 
         :raise VMParseException: it is neither.
         """
-        source: IO[bytes] = open(ifd, "rb") if isinstance(ifd, str) else ifd  # noqa: SIM115
+        source: IO[bytes] = open(ifd, "rb") if isinstance(ifd, str) else of_octets(ifd)  # noqa: SIM115
         try:
             if self.vm is None:
                 self.vm = VMImage(source)
@@ -190,9 +214,8 @@ class Writer:
     def _complete(self) -> None:
         for batch in self._new_pages:
             if self.compact:
-                self._pages.update(
-                    (entry & libxc.PFN_MASK, (entry, page)) for entry, page in parsebatch(batch)
-                )
+                # one that has lost its content, as ballooning does it, must not get back what it had
+                self._pages.update((entry & libxc.PFN_MASK, (entry, page)) for entry, page in _entries(batch))
             else:
                 self.fd.write(batch)
         self._state = self._new_state

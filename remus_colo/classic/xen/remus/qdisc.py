@@ -101,7 +101,7 @@ class PrioQdisc(Qdisc):
         self.bands = 3
         # pfifo_fast's bands by priority (<linux/pkt_sched.h>)
         self.priomap = [1, 2, 2, 2, 1, 2, 0, 0, *[1] * 8]
-        if isinstance(qdict.get("options"), bytes):
+        if qdict.get("options"):
             self.unpack(qdict["options"])
 
     def unpack(self, opts: bytes) -> None:
@@ -119,7 +119,7 @@ class CfifoQdisc(Qdisc):
     def __init__(self, qdict: dict[str, Any]) -> None:
         super().__init__(qdict)
         self.epoch = self.vmid = 0
-        if isinstance(qdict.get("options"), bytes):
+        if qdict.get("options"):
             self.unpack(qdict["options"])
 
     def pack(self) -> bytes:

@@ -55,7 +55,8 @@ class _Proxy:
 class CheckpointingFile(_Proxy):
     """A file for each round: ``path`` first, then ``path.1``, ``path.2``, ...
 
-    Saving has one descriptor for all of it: a pipe here, whose reader changes files at each :meth:`checkpoint`.
+    Saving has one descriptor for all of it: a pipe here, whose reader changes files at each :meth:`checkpoint`.  If a file takes
+    no more, the pipe is broken, and :meth:`checkpoint` and :meth:`close` raise the reason.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,6 +67,7 @@ class CheckpointingFile(_Proxy):
         self.rfd, self.wfd = os.pipe()
         self.cprfd, self.cpwfd = os.pipe()
         self._changed = threading.Event()
+        self._failure: OSError | None = None
         os.set_blocking(self.rfd, False)
         self.wt: threading.Thread | None = threading.Thread(
             target=self._copy, name="disk-write-thread", daemon=True
@@ -84,37 +86,58 @@ class CheckpointingFile(_Proxy):
         """What was written is on its way."""
 
     def checkpoint(self) -> None:
-        """What is written from now on belongs to the next file. Nobody may be writing meanwhile."""
+        """What is written from now on belongs to the next file. Nobody may be writing meanwhile.
+
+        :raise OSError: a file did not take what was written.
+        """
         self._changed.clear()
+        self._check()
         os.write(self.cpwfd, b"1")
         self._changed.wait()
+        self._check()
 
     def close(self) -> None:
+        """:raise OSError: as :meth:`checkpoint`."""
         if self.wt is None:
             return
         os.close(self.wfd)
         self.wt.join()
         self.wt = None
-        for fd in (self.rfd, self.cprfd, self.cpwfd):
+        for fd in (self.cprfd, self.cpwfd):
             os.close(fd)
-        self.fd.close()
+        try:
+            self.fd.close()
+        finally:
+            self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _copy(self) -> None:
+        try:
+            self._copy_rounds()
+        except OSError as error:
+            self._failure = error
+        # who writes must not wait for a reader that is gone, nor who waits for the next file
+        os.close(self.rfd)
+        self._changed.set()
+
+    def _copy_rounds(self) -> None:
         while True:
             ready, _, _ = select.select((self.rfd, self.cprfd), (), ())
             # First what was written before the mark: a pipe keeps no order with another.
             if not self._drain():
-                break
+                return
             if self.cprfd in ready:
                 os.read(self.cprfd, 1)
                 if not self._drain():
-                    break
+                    return
                 self.fd.close()
                 self.round += 1
                 self.fd = open(f"{self.path}.{self.round}", "wb")  # noqa: SIM115
                 self.proxy(self.fd)
                 self._changed.set()
-        self._changed.set()
 
     def _drain(self) -> bool:
         """Copy what is there; False at the end."""
@@ -234,8 +257,9 @@ class Saver:
         :raise CheckpointError: it failed.
         """
         vm.getshadowmem(self.vm)
-        self.fd.write(image.makeheader(self.vm.dominfo or []))
-        self.fd.flush()
+        out = image.of_octets(self.fd)
+        out.write(image.makeheader(self.vm.dominfo or []))
+        out.flush()
         self.checkpointer = checkpoint.checkpointer()
         try:
             self.checkpointer.open(self.vm.domid)

@@ -78,7 +78,10 @@ def runcmd(args: str | Sequence[str], cwd: str | None = None) -> str:
     :param args: its words, or one line that is split as a shell would.
     :raise PipeException: it could not be run, or did not end with 0.
     """
-    words = shlex.split(args) if isinstance(args, str) else [str(word) for word in args]
+    try:
+        words = shlex.split(args) if isinstance(args, str) else [str(word) for word in args]
+    except ValueError as error:
+        raise PipeException(f"could not run {args!r}: {error}", errno.EINVAL) from error
     if not words:
         raise PipeException("could not run an empty command", errno.ENOENT)
     try:
@@ -104,6 +107,6 @@ def modprobe(modname: str) -> bool:
     """Whether the kernel module is there now."""
     try:
         kmod.load(modname, "Remus")
-    except HostError:
+    except (HostError, ValueError):  # ValueError: no module can have such a name
         return False
     return True

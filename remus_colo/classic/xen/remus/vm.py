@@ -90,8 +90,9 @@ def _number(dom: dict[str, Any]) -> int:
 
 
 def _devices(dom: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    found = dom.get("device", {}).get(kind, [])
-    return found if isinstance(found, list) else [found]
+    found = (dom.get("device") or {}).get(kind, [])
+    # (device (vif)) is what xm made of vif = ['']
+    return [props or {} for props in (found if isinstance(found, list) else [found])]
 
 
 def getvifs(dom: dict[str, Any]) -> list[vif.VIF]:

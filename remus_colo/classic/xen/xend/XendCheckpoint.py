@@ -18,6 +18,7 @@ from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import birth
+from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.errors import DomainError, RemusError
 
@@ -76,23 +77,29 @@ def save(
         if colo:
             remus_save.ColoSaver(domain.domid, fd).start()
             return
+        config = toolstack.domain_config(domain.domid)
+        refuse_for_remus(
+            domain.name, config
+        )  # or it would be destroyed, and its device model's state be nowhere
+        with Guest(domain.domid, writable=False) as guest:
+            refuse_stopped(domain.name, guest.info())
         header = image.makeheader(domain.dominfo or [])
         number = fd if isinstance(fd, int) else fd.fileno()
         write_exact(number, header, "could not write guest state file: header")
-        _save(number, domain.domid, live=live, go_on=checkpoint)
+        _save(number, domain.domid, config, live=live, go_on=checkpoint)
     except (RemusError, remus_save.CheckpointError) as error:
         if isinstance(error, XendError):
             raise
         raise XendError(str(error)) from error
 
 
-def _save(fd: int, domid: int, *, live: bool, go_on: bool) -> None:
+def _save(fd: int, domid: int, config: dict[str, Any], *, live: bool, go_on: bool) -> None:
     with Store() as store, Guest(domid, writable=False) as guest, Suspender(guest, store) as suspender:
         saved = False
         try:
             birth.send_guest(
                 domid,
-                toolstack.domain_config(domid),
+                config,
                 lambda: _suspend(suspender),
                 lambda piece: write_exact(fd, piece, "could not write guest state file"),
                 live=live,
@@ -121,11 +128,8 @@ def restore(
     :raise VmError: a domain of that name is here already.
     :raise XendError: the file is none, or the domain could not be made.
     """
-    if colo is not None:
-        colo.run()
-        if colo.domid is None:
-            raise XendError("the protection has ended, and the guest goes on elsewhere")
-        return vm.VM(colo.domid)
+    if colo:
+        return _restore_colo(colo)
     signature = read_exact(fd, len(SIGNATURE), "not a valid guest state file: signature read")
     if signature == COLO_SIGNATURE.encode():
         raise XendError("this is a COLO stream: send it to remusd, which runs the second copy of the guest")
@@ -157,6 +161,18 @@ def restore(
     except RemusError as error:
         raise XendError(str(error)) from error
     return vm.VM(domid)
+
+
+def _restore_colo(session: Any) -> vm.VM:
+    if not hasattr(session, "run"):
+        raise XendError("a COLO stream has two connections, and remusd runs it: give its session as colo")
+    try:
+        session.run()
+    except RemusError as error:
+        raise XendError(str(error)) from error
+    if session.domid is None:
+        raise XendError("the protection has ended, and the guest goes on elsewhere")
+    return vm.VM(session.domid)
 
 
 def _refuse_existing(name: str) -> None:

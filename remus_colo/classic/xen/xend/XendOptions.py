@@ -94,7 +94,7 @@ class XendOptions:
         """Read the file, again if it was read before."""
         self.configuration = config.load(self._path)
         self.config_path = str(self.configuration.path or config.default_path())
-        self.config = self.configuration.tree
+        self.config = list(self.configuration.tree)
 
     def get_config_value(self, name: str, val: Any = None) -> Any:
         """What the file says first of a key: text, or a list of texts and lists; ``val`` if nothing."""
