@@ -31,6 +31,7 @@ from remus_colo.options import (
     tls_files,
 )
 from remus_colo.remus_options import RemusOptions
+from remus_colo.session import signals
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +293,8 @@ def _body(argv: Sequence[str]) -> int:
     for note in options.notes:
         print(f"remus: note: {note}", file=sys.stderr)
     module = "remus_colo.remus" if isinstance(options, RemusOptions) else "remus_colo.primary"
-    return int(load(module, "install remus_colo with what it depends on").run(options))
+    with signals.interrupting():
+        return int(load(module, "install remus_colo with what it depends on").run(options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -209,6 +210,35 @@ def test_errors_become_one_sentence_and_a_status(
     session(run)
     assert cli.main(["--colo", "web"]) == status
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_would_kill_it_before_protection_begins_ends_it_in_order(
+    session: Callable[[Callable[[ColoOptions], int]], None], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """With what it has begun undone, and the status that is documented; a guard would have to do it otherwise."""
+    number = getattr(signal, name)
+    undone = []
+
+    def run(options: ColoOptions) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            return ExitStatus.OK
+        finally:
+            undone.append(True)
+
+    def killed(*_: object) -> None:
+        pytest.fail("nobody has taken the signal")
+
+    session(run)
+    before = signal.signal(number, killed)
+    try:
+        assert cli.main(["--colo", "web"]) == ExitStatus.INTERRUPTED
+        assert signal.getsignal(number) is killed
+    finally:
+        signal.signal(number, before)
+    assert undone == [True]
+    assert capsys.readouterr().err == "remus: interrupted\n"
 
 
 def test_verbose_shows_where_an_error_comes_from(
