@@ -32,15 +32,12 @@ def choose(
     *,
     offset_ns: int,
     two_level_events: bool,
-    tsc_clock: bool = False,
     settable_clock: bool = False,
 ) -> Choice:
     """:param requested: ``auto``, ``transparent`` or ``cooperative``.
     :param offset_ns: backup's Xen system time less the guest's clock, which is the primary's unless it came from
         another host with it.
     :param two_level_events: the guest uses the 2-level event channel ABI.
-    :param tsc_clock: the guest's clock source is the TSC, which travels with it, so that only its timers
-        live in Xen system time.
     :param settable_clock: the backup's Xen can add an offset to system time for one domain.
     :raise DomainError: transparent checkpoints were asked for and cannot work.
     """
@@ -55,12 +52,10 @@ def choose(
             Mode.TRANSPARENT,
             f"the backup's Xen, whose clock is {offset} from the guest's, lets a guest keep its own",
         )
-    elif offset_ns < -MAX_BEHIND_NS:
-        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would stand still"
-        remedy = "boot the backup host before the primary, or use a Xen with a system time offset (patches/)"
-    elif offset_ns > MAX_AHEAD_NS and not tsc_clock:
-        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would jump"
-        remedy = "add clocksource=tsc to its kernel command line, or use a Xen with a system time offset (patches/)"
+    elif not -MAX_BEHIND_NS <= offset_ns <= MAX_AHEAD_NS:
+        effect = "stand still" if offset_ns < 0 else "jump"
+        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would {effect}"
+        remedy = "boot the backup host with a Xen that has a system time offset (patches/)"
     else:
         return Choice(Mode.TRANSPARENT, f"the backup's Xen clock is {offset} from the guest's")
     if requested == Mode.TRANSPARENT:
