@@ -72,5 +72,33 @@ def test_names_that_cannot_be_in_a_namespace_or_path_are_refused(name, tmp_path)
 def test_beds_are_listed_by_their_state(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "one.lock").write_text("")
+    for other in ("documents", "lost+found"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "documents" / "thesis").write_text("")
     assert bed_names(tmp_path) == ["one"]
     assert bed_names(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("words", [("down",), ("clean",), ("clean", "--all")])
+def test_what_is_no_bed_is_not_removed(run, tmp_path, capsys, monkeypatch, words):
+    """A home directory, say, to which --state leads by mistake."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    mine = tmp_path / f"unit-{os.getpid()}" / "primary"
+    mine.mkdir(parents=True)
+    assert run(*words) == (0 if "--all" in words else ExitStatus.HOST)
+    assert mine.exists()
+    assert ("something else than a bed" in capsys.readouterr().err) is ("--all" not in words)
+
+
+@pytest.mark.parametrize("left", ["all", "record", "nothing"])
+def test_what_a_crash_has_left_of_a_bed_is_removed(run, tmp_path, monkeypatch, left):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    directory = tmp_path / f"unit-{os.getpid()}"
+    directory.mkdir()
+    if left != "nothing":
+        (directory / "bed.json").write_text("{}")
+    if left == "all":
+        (directory / "primary").mkdir()
+        (directory / "primary" / "serial.log").write_text("x")
+    assert run("clean") == 0
+    assert not directory.exists()
