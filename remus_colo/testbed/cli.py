@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         _add_host(add(name, text))
     add("link", "cut or restore the replication link").add_argument("position", choices=("up", "down"))
     console = add("console", "print a console: a host's serial line, or a guest's")
-    console.add_argument("target", metavar="HOST[/DOMAIN]")
+    console.add_argument("target", metavar="HOST|DOMAIN|HOST/DOMAIN")
     console.add_argument("--follow", "-f", action="store_true", help="go on as it grows")
     add("logs", "collect logs and state of both hosts").add_argument("directory", type=Path, metavar="DIR")
     return top

@@ -3,11 +3,12 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 
 from remus_colo.errors import ExitStatus
-from remus_colo.testbed import cli
+from remus_colo.testbed import bed_logs, cli
 from remus_colo.testbed.bed import Bed, bed_names
 from remus_colo.testbed.errors import BedError
 
@@ -35,6 +36,7 @@ def run(tmp_path):
         ("exec", "primary", "--", "true"), ("push", "backup", "/etc/hostname", "/tmp/x"), ("link", "down"),
         ("client", "--", "true"), ("sync",), ("skew",), ("boot", "primary"), ("kill", "primary"),
         ("pause", "backup"), ("resume", "backup"), ("console", "nohost"), ("console", "primary/web"),
+        ("console", "primary"), ("console", "web"), ("logs", "/nonexistent/logs"),
     ],
 )  # fmt: skip
 def test_without_a_bed_each_command_says_so(run, capsys, words):
@@ -102,3 +104,35 @@ def test_what_a_crash_has_left_of_a_bed_is_removed(run, tmp_path, monkeypatch, l
         (directory / "primary" / "serial.log").write_text("x")
     assert run("clean") == 0
     assert not directory.exists()
+
+
+class Dom0:
+    """Runs what is to be run in a host here, with the consoles below ``folder``."""
+
+    def __init__(self, host, folder, domains=()):
+        self.host, self.folder, self.domains = host, folder, domains
+
+    def run(self, command, *, timeout_s):
+        xl = f"xl() {{ case $2 in {'|'.join(self.domains) or '-'}) echo 1;; *) return 1;; esac; }}; "
+        done = subprocess.run(
+            ["sh", "-c", xl + command], cwd=self.folder, capture_output=True, text=True, timeout=timeout_s
+        )
+        assert done.returncode == 0
+        return done
+
+
+def test_a_guest_is_found_where_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(bed_logs, "GUEST_LOG", "guest-{domain}.log")
+    hosts = {name: tmp_path / name for name in ("primary", "backup")}
+    for folder in hosts.values():
+        folder.mkdir()
+    (hosts["primary"] / "guest-web.log").write_text("")
+    (hosts["backup"] / "guest-web--secondary.log").write_text("")
+    protected = [Dom0("primary", hosts["primary"], ["web"]), Dom0("backup", hosts["backup"])]
+    assert bed_logs._find_guest(protected, "web") == (protected[0], "guest-web.log")
+    over = [Dom0("primary", hosts["primary"]), Dom0("backup", hosts["backup"], ["web"])]
+    assert bed_logs._find_guest(over, "web") == (over[1], "guest-web--secondary.log")
+    ended = [Dom0("primary", hosts["primary"])]
+    assert bed_logs._find_guest(ended, "web") == (ended[0], "guest-web.log")
+    with pytest.raises(BedError, match="there is no guest 'other' on primary or backup"):
+        bed_logs._find_guest(protected, "other")
