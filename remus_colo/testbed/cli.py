@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from remus_colo.errors import RemusError
+from remus_colo.errors import ExitStatus, RemusError
 from remus_colo.testbed import bed_logs, bed_status
 from remus_colo.testbed.bed import DEFAULT_DOM0_MB, DEFAULT_MEMORY_MB, Bed, Options, bed_names
 from remus_colo.testbed.network import HOSTS
@@ -21,6 +22,14 @@ from remus_colo.testbed.network import HOSTS
 
 def _add_host(command: argparse.ArgumentParser) -> None:
     command.add_argument("host", metavar="HOST", choices=tuple(HOSTS), help="primary or backup")
+
+
+def _seconds(text: str) -> float:
+    """An argparse type."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("python", "print the path of the Python that has what the tests need")
     up = add("up", "build what is missing and boot both hosts")
     up.add_argument(
-        "--skew", type=float, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
+        "--skew", type=_seconds, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
     )
     up.add_argument(
         "--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor"
@@ -89,7 +98,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    args = parser().parse_args(argv)
+    reader = parser()
+    args = reader.parse_args(argv)
+    if args.command in ("exec", "client") and not _words(args.words):
+        reader.error(f"{args.command}: give a command to run, after --")
+    if args.command == "up" and not 0 < args.dom0_memory < args.memory:
+        reader.error("up: --dom0-memory is a part of --memory")
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
@@ -101,6 +115,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RemusError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return int(error.exit_status)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"testbed: {where}{error.strerror or error}", file=sys.stderr)
+        return int(ExitStatus.HOST)
     except KeyboardInterrupt:
         return 130
 

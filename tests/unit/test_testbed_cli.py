@@ -52,8 +52,13 @@ def test_status_of_a_bed_that_is_not_up(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [("exec", "third", "--", "true"), ("link", "sideways"), (), ("up", "--skew", "x")]
-)
+    "words",
+    [
+        ("exec", "third", "--", "true"), ("link", "sideways"), (), ("up", "--skew", "x"), ("up", "--skew", "nan"),
+        ("up", "--memory", "500"), ("up", "--dom0-memory", "0"), ("exec", "primary"), ("exec", "primary", "--"),
+        ("client",), ("client", "--"),
+    ],
+)  # fmt: skip
 def test_wrong_usage_is_refused(run, words):
     with pytest.raises(SystemExit) as ended:
         run(*words)
@@ -63,6 +68,14 @@ def test_wrong_usage_is_refused(run, words):
 def test_words_after_the_dashes_are_the_command():
     args = cli.parser().parse_args(["exec", "primary", "--", "ls", "-l", "--", "x"])
     assert cli._words(args.words) == ["ls", "-l", "--", "x"]
+
+
+def test_a_directory_that_cannot_be_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["--state", str(tmp_path / "file"), "status"]) == ExitStatus.HOST
+    said = capsys.readouterr().err
+    assert str(tmp_path / "file") in said
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["", "Upper", "a/b", "..", "x" * 32, "-x"])
