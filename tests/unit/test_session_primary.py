@@ -157,6 +157,28 @@ def test_a_takeover_stops_the_guest_whatever_fails() -> None:
     assert world.path.dropped is True
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_while_the_guest_is_copied_is_an_end_as_asked(mode: Mode) -> None:
+    """The backup has no more use for the copy, and closes its end of it; its BYE may be read only after that."""
+    world = World(mode)
+    goodbye: list[bool] = []
+
+    def stop_and_break() -> None:
+        world.session.request_stop()
+        while "stopping" not in world.states():
+            pass
+        world.loop.call_later(0.1, lambda: world.backup.say(MessageType.BYE))
+        raise PeerLost("the backup closed the connection")
+
+    world.at["suspend"] = stop_and_break
+    world.backup.at[MessageType.STOP, 1] = lambda _: goodbye.append(True)
+    assert world.run() is ExitStatus.OK
+    assert goodbye == [True]
+    assert world.session.failure is None
+    assert "error" not in world.names()
+    world.assert_clean()
+
+
 # -- the backup is lost ----------------------------------------------------------------------------------------
 
 
