@@ -11,6 +11,7 @@ from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, Xe
 from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
 from remus_colo.relocation.schema import MessageType
+from remus_colo.relocation.wire import Message
 
 MODES = (Mode.TRANSPARENT, Mode.COOPERATIVE)
 
@@ -61,6 +62,28 @@ def test_whatever_fails_the_guest_goes_on(mode: Mode, step: str, error: Exceptio
     assert world.backup.received.count(MessageType.STOP) == 1
     assert world.path.dropped is False
     assert "error" in world.names()
+
+
+def test_a_guest_that_has_suspended_when_its_stop_fails_runs_before_the_end() -> None:
+    """How long that takes is up to the backup."""
+    world = World(Mode.COOPERATIVE)
+    stop = world.engine.stop
+
+    def stop_and_fail() -> None:
+        stop()
+        raise XenError("a ring cannot be read")
+
+    world.engine.stop = stop_and_fail  # type: ignore[method-assign]
+    ran: list[bool] = []
+
+    def on_stop(message: Message) -> None:
+        ran.append(world.engine.guest.running)
+        world.backup.answer(message)
+
+    world.backup.at[MessageType.STOP, 1] = on_stop
+    assert world.run() is ExitStatus.HOST
+    assert ran == [True]
+    world.assert_clean()
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
