@@ -156,7 +156,8 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
     def recover(remains: Remains) -> None:
         """In the guard."""
         events = report.EventLog(options.log)
-        doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS
+        # A guest is reborn before the first checkpoint, without which the backup does not take over.
+        doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS and not remains.reborn
         stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
         still = stood in ("paused", "suspended")
         events.event("recovered", pid=remains.pid, guest=stood, resumed=still and not doubt)
@@ -167,7 +168,7 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
             )  # fmt: skip
             return
         outcome = "has ended" if stood == recovery.GONE else "goes on UNPROTECTED"
-        log.error("remus (process %d) was killed: %s %s", remains.pid, name, outcome)
+        log.error("remus (process %d) did not end in order: %s %s", remains.pid, name, outcome)
         record.clear()
 
     guard = Guard(name, recover)
