@@ -24,6 +24,7 @@ from remus_colo.options import (
     CheckpointChoice,
     ColoOptions,
     Parser,
+    check_hook,
     count,
     milliseconds,
     parse_limits,
@@ -290,6 +291,7 @@ def _body(argv: Sequence[str]) -> int:
         else "%(asctime)s %(name)s %(levelname)s %(message)s",
     )
     check_root("remus")
+    check_hook("--fence", options.fence)
     for note in options.notes:
         print(f"remus: note: {note}", file=sys.stderr)
     module = "remus_colo.remus" if isinstance(options, RemusOptions) else "remus_colo.primary"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from remus_colo import cli, daemon_options
+from remus_colo import cli, daemon, daemon_options
 from remus_colo._version import __version__
 from remus_colo.daemon_options import DaemonOptions
 from remus_colo.errors import ConfigError, DomainError, ExitStatus
@@ -158,6 +158,22 @@ def test_names(domain: str, destination: str) -> None:
 def test_an_empty_hook_is_refused() -> None:
     with pytest.raises(ConfigError, match="give a program to run"):
         cli.parse(["--colo", "--fence", " ", "web"])
+
+
+@pytest.mark.parametrize("main", [cli.main, daemon.main], ids=["remus", "remusd"])
+@pytest.mark.parametrize("name", ["no-such-hook", "/no/such/hook", "{tmp}/plain", "{tmp}"])
+def test_a_hook_that_cannot_be_run_is_refused_at_the_start(
+    root: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    main: Callable[[list[str]], int],
+    name: str,
+) -> None:
+    (tmp_path / "plain").write_text("not to be executed")
+    hook = name.format(tmp=tmp_path)
+    domain = ["web"] if main is cli.main else ["--foreground"]
+    assert main(["--fence", f"{hook} now", *domain]) == ExitStatus.USAGE
+    assert f": error: --fence: there is no program '{hook}'" in capsys.readouterr().err
 
 
 def test_not_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
