@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is made of xl's errors, with a program in its place."""
+"""What is made of what xl says, with a program in its place."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from remus_colo import primary, remus
 from remus_colo.adapters import toolstack
 from remus_colo.errors import DomainError, HostError
 
@@ -48,3 +51,13 @@ def test_a_domain_that_is_not_there(xl: Path) -> None:
     says(xl, "web is an invalid domain identifier (rc=-6)\n")
     with pytest.raises(DomainError, match="there is no domain named 'web'"):
         toolstack.find_domain("web")
+
+
+@pytest.mark.parametrize("run", [primary.run, remus.run], ids=["COLO", "Remus"])
+@pytest.mark.parametrize("suffix", ["--secondary", "--incoming"])
+def test_a_copy_is_not_what_is_to_be_protected(xl: Path, suffix: str, run: Callable[[object], int]) -> None:
+    """A hint to unpause it would have it run beside the guest."""
+    xl.write_text(f"#!/bin/sh\ncase $1 in domid) echo 7;; domname) echo web{suffix};; *) exit 1;; esac\n")
+    xl.chmod(0o755)
+    with pytest.raises(DomainError, match=f"web{suffix} is the copy of a guest .*xl rename web{suffix} web"):
+        run(mock.Mock(domain=f"web{suffix}"))
