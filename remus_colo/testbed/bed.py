@@ -217,11 +217,12 @@ class Bed:
         self.reachable(host).run(command, timeout_s=600, stdin=content)
 
     def reachable(self, host: str) -> Remote:
-        """ssh to a host.  :raise BedError: the bed is not up, or the host is off (or still booting)."""
+        """ssh to a host.  :raise BedError: the bed is not up, or the host does not answer: it is off, still booting or paused."""
         self._need_up()
         state = self._host(host).state()
-        if state in ("off", "booting"):
-            raise BedError(f"{host} is {state}: run 'status', and 'boot {host}' if it is off")
+        if state != "ready":
+            remedy = {"off": f": run 'boot {host}'", "paused": f": run 'resume {host}'"}.get(state, "")
+            raise BedError(f"{host} is {state}{remedy}")
         return self.remote(host)
 
     def remote(self, host: str) -> Remote:

@@ -11,6 +11,9 @@ from remus_colo.errors import ExitStatus
 from remus_colo.testbed import bed_logs, cli
 from remus_colo.testbed.bed import Bed, bed_names
 from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.network import BedNetwork
+from remus_colo.testbed.qemu import Host
+from remus_colo.testbed.ssh import Remote
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +71,21 @@ def test_wrong_usage_is_refused(run, words):
 def test_words_after_the_dashes_are_the_command():
     args = cli.parser().parse_args(["exec", "primary", "--", "ls", "-l", "--", "x"])
     assert cli._words(args.words) == ["ls", "-l", "--", "x"]
+
+
+@pytest.mark.parametrize(
+    ("state", "remedy"), [("paused", "'resume primary'"), ("off", "'boot primary'"), ("booting", "")]
+)
+def test_a_host_that_does_not_answer_is_not_waited_for(run, capsys, monkeypatch, state, remedy):
+    """A command in a frozen host would hang until that goes on."""
+    monkeypatch.setattr(BedNetwork, "exists", lambda network: True)
+    monkeypatch.setattr(Host, "state", lambda host: state)
+    monkeypatch.setattr(cli, "_become", lambda argv: pytest.fail("it is being waited for"))
+    monkeypatch.setattr(Remote, "connect", lambda remote: None)
+    assert run("exec", "primary", "--", "true") == ExitStatus.HOST
+    said = capsys.readouterr().err
+    assert f"primary is {state}" in said
+    assert remedy in said
 
 
 def test_a_directory_that_cannot_be_is_one_sentence(tmp_path, capsys):
