@@ -32,7 +32,7 @@ LIMITS = ("held-bytes", "held-packets", "flows", "secondary-bytes", "idle-flow-m
 DEFAULT_HALF_OPEN_LIMIT = 32
 
 EXIT_STATUS_HELP = {
-    ExitStatus.OK: "done: protection was ended as asked",
+    ExitStatus.OK: "done: ended as asked, or because the guest has ended",
     ExitStatus.FAILURE: "an error that has no status of its own",
     ExitStatus.USAGE: "wrong options or configuration",
     ExitStatus.HOST: "this host lacks something: privilege, Xen, a kernel module, a tool",
