@@ -267,12 +267,19 @@ class BackupSession(abc.ABC):
         self.handle(E.SVM_FAILED, reason=str(error))
 
     def _refuse_remains(self, name: str) -> None:
-        """:raise DomainError: a domain has the name that the SVM is to have."""
+        """:raise DomainError: a domain has the name that the SVM is to have, or the one that it takes as the guest."""
+        final = None if self.creation.same_host else self.creation.config["c_info"]["name"]
         for domid in self.store.list("/local/domain"):
-            if self.store.read(f"/local/domain/{domid}/name") == name:
+            found = self.store.read(f"/local/domain/{domid}/name")
+            if found == name:
                 raise DomainError(
                     f"there is a domain {name} on this host already: if {self.creation.name} is protected here by nobody else, "
                     f"it was left by a remusd that was killed: xl destroy {name}"
+                )
+            if final is not None and found == final:
+                raise DomainError(
+                    f"there is a domain {final} on this host already, and two of that name would be one too many after a failover: "
+                    "end that one here, or rename it"
                 )
 
     def _svm_thread(
