@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import signal
 import sys
@@ -16,20 +15,13 @@ from typing import NoReturn
 
 from remus_colo.errors import ExitStatus, RemusError
 from remus_colo.testbed import bed_logs, bed_status
+from remus_colo.testbed.arguments import finite
 from remus_colo.testbed.bed import DEFAULT_DOM0_MB, DEFAULT_MEMORY_MB, Bed, Options, bed_names
 from remus_colo.testbed.network import HOSTS
 
 
 def _add_host(command: argparse.ArgumentParser) -> None:
     command.add_argument("host", metavar="HOST", choices=tuple(HOSTS), help="primary or backup")
-
-
-def _seconds(text: str) -> float:
-    """An argparse type."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("python", "print the path of the Python that has what the tests need")
     up = add("up", "build what is missing and boot both hosts")
     up.add_argument(
-        "--skew", type=_seconds, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
+        "--skew", type=finite, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
     )
     up.add_argument(
         "--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor"
