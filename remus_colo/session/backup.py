@@ -103,6 +103,7 @@ class BackupSession(abc.ABC):
         self.domid: int | None = None
         self._epoch = 0
         self._peer_lost = False
+        self._shutting_down = False
         self._failure = ""
         self._arbitration = Arbitration(self.loop, self._judge, self._decided, event)
         self._svm_at_rest = threading.Event()  # no thread is at work on it
@@ -248,14 +249,22 @@ class BackupSession(abc.ABC):
             )
 
     def shut_down(self) -> None:
-        """remusd ends; from any thread."""
-        self.loop.call(lambda: self.handle(E.SHUTDOWN))
+        """remusd ends; from any thread.  The session does so, too, as soon as it is known what becomes of the guest."""
+
+        def told() -> None:
+            self._shutting_down = True
+            self.handle(E.SHUTDOWN)
+
+        self.loop.call(told)
 
     def handle(self, event: E, reason: str = "") -> None:
         """An event for the state machine, and what it orders then."""
         step = self.machine.handle(event, epoch=self._epoch, reason=reason)
         if step.moved and not (self.QUIET and self.machine.routine(step)):
             self.event("state", old=step.old.value, new=step.new.value, cause=event.value, reason=reason)
+        if step.moved and step.new is BackupState.ACTIVE and self._shutting_down:
+            # It had to wait for the verdict, and now until the LAN has heard of the guest.
+            self.loop.call_later(ANNOUNCE_REPEATS * ANNOUNCE_INTERVAL_S, lambda: self.handle(E.SHUTDOWN))
         each([self._actions[action] for action in step.actions])
 
     def _svm_failed(self, error: BaseException) -> None:

@@ -157,6 +157,29 @@ def test_a_takeover() -> None:
     assert world.faults.steps.count("rename") == 1
 
 
+@pytest.mark.parametrize("verdict", [Verdict.DEAD, Verdict.ALIVE])
+def test_an_end_of_remusd_in_the_midst_of_arbitration_waits_for_the_verdict_and_no_longer(
+    verdict: Verdict,
+) -> None:
+    world = World(verdict=verdict)
+
+    def arbitrate() -> None:
+        world.session.shut_down()
+        world.call(lambda: None)  # it has been told by the time of the verdict
+
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        world.faults.at["probe"] = arbitrate
+        primary.leave()
+    if verdict is Verdict.DEAD:
+        world.assert_serving()
+        assert world.states()[-3:] == ["arbitrating", "active", "stopped"]
+        assert world.faults.steps.count("rename") == 1
+    else:
+        world.assert_gone()
+
+
 @pytest.mark.parametrize("count", [1, 20])
 def test_a_bug_does_not_end_a_guest_that_is_served_here(count: int) -> None:
     world = World()
