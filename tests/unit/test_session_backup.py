@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 import pytest
-from backup_world import World
+from backup_world import PATIENCE_S, World
 
 from remus_colo.errors import DomainError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
-from remus_colo.failover.backup import UnknownPolicy
+from remus_colo.failover.backup import BackupState, UnknownPolicy
 from remus_colo.relocation.schema import MessageType
 
 ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
@@ -263,7 +264,12 @@ def test_a_bug_in_the_midst_of_arbitration_is_no_verdict(unknown: UnknownPolicy,
 
     def arbitrate() -> None:
         world.call(bug)
-        world.call(lambda: None)  # the loop goes on, so what becomes of the bug comes before the verdict
+        deadline_s = time.monotonic() + PATIENCE_S
+        while (
+            world.session.machine.state is BackupState.ARBITRATING
+        ):  # what becomes of the bug comes before the verdict
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
 
     with world.running() as primary:
         primary.begin()
