@@ -24,6 +24,7 @@ from remus_colo.options import (
     CheckpointChoice,
     ColoOptions,
     Parser,
+    check_hook,
     count,
     milliseconds,
     parse_limits,
@@ -31,6 +32,7 @@ from remus_colo.options import (
     tls_files,
 )
 from remus_colo.remus_options import RemusOptions
+from remus_colo.session import signals
 
 log = logging.getLogger(__name__)
 
@@ -289,10 +291,12 @@ def _body(argv: Sequence[str]) -> int:
         else "%(asctime)s %(name)s %(levelname)s %(message)s",
     )
     check_root("remus")
+    check_hook("--fence", options.fence)
     for note in options.notes:
         print(f"remus: note: {note}", file=sys.stderr)
     module = "remus_colo.remus" if isinstance(options, RemusOptions) else "remus_colo.primary"
-    return int(load(module, "install remus_colo with what it depends on").run(options))
+    with signals.interrupting():
+        return int(load(module, "install remus_colo with what it depends on").run(options))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from remus_colo.adapters import bindings, kmod, xenctrl, xentime
 from remus_colo.cli import check_root, run_command
 from remus_colo.daemon_options import DaemonOptions, parse
 from remus_colo.errors import ExitStatus
+from remus_colo.options import check_hook
 from remus_colo.relocation import listen, tls
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.handshake import COLO
@@ -149,6 +150,7 @@ class Daemon:
 def _body(argv: Sequence[str]) -> int:
     options = parse(argv)
     check_root("remusd")
+    check_hook("--fence", options.fence)
     service.set_up_logging(options.log_level, options.log_file)
     bindings.lowlevel("xc")
     for module, purpose in MODULES:

@@ -38,7 +38,7 @@ class ExitStatus(enum.IntEnum):
     PROTOCOL = 7
     UNPROTECTED = 8  # protection was on and was lost: the guest goes on alone
     FENCED = 9  # the backup took over: the guest here was stopped
-    INTERRUPTED = 130  # Ctrl-C before there was anything to end cleanly: 128 + SIGINT, as shells have it
+    INTERRUPTED = 130  # before there was anything to end in order: 128 + SIGINT, as shells have it
 
 
 class RemusError(Exception):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import enum
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -31,7 +32,7 @@ LIMITS = ("held-bytes", "held-packets", "flows", "secondary-bytes", "idle-flow-m
 DEFAULT_HALF_OPEN_LIMIT = 32
 
 EXIT_STATUS_HELP = {
-    ExitStatus.OK: "done: protection was ended as asked",
+    ExitStatus.OK: "done: ended as asked, or because the guest has ended",
     ExitStatus.FAILURE: "an error that has no status of its own",
     ExitStatus.USAGE: "wrong options or configuration",
     ExitStatus.HOST: "this host lacks something: privilege, Xen, a kernel module, a tool",
@@ -163,6 +164,15 @@ def split_command(option: str, command: str | None) -> tuple[str, ...]:
     if not words:
         raise ConfigError(f"{option}: give a program to run")
     return tuple(words)
+
+
+def check_hook(option: str, command: tuple[str, ...]) -> None:
+    """Now, not when the other host is silent: a hook that cannot be run tells nothing, and the guest would wait for it for ever.
+
+    :raise ConfigError: there is no such program here.
+    """
+    if command and shutil.which(command[0]) is None:
+        raise ConfigError(f"{option}: there is no program {command[0]!r} that could be run")
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from remus_colo import report
 from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_copy, refuse_guest
 from remus_colo.checkpoint.mode import Choice, choose
 from remus_colo.checkpoint.pvm import PvmEngine
 from remus_colo.errors import ExitStatus, PeerError, RemusError
@@ -63,6 +63,7 @@ def run(options: ColoOptions) -> int:
     """
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
+    refuse_copy(name)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(only_one(domid, name))
         guard = stack.enter_context(guarded(domid, name, record, options))
@@ -156,7 +157,8 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
     def recover(remains: Remains) -> None:
         """In the guard."""
         events = report.EventLog(options.log)
-        doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS
+        # A guest is reborn before the first checkpoint, without which the backup does not take over.
+        doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS and not remains.reborn
         stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
         still = stood in ("paused", "suspended")
         events.event("recovered", pid=remains.pid, guest=stood, resumed=still and not doubt)
@@ -167,7 +169,7 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
             )  # fmt: skip
             return
         outcome = "has ended" if stood == recovery.GONE else "goes on UNPROTECTED"
-        log.error("remus (process %d) was killed: %s %s", remains.pid, name, outcome)
+        log.error("remus (process %d) did not end in order: %s %s", remains.pid, name, outcome)
         record.clear()
 
     guard = Guard(name, recover)

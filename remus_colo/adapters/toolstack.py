@@ -12,6 +12,10 @@ from typing import Any
 from remus_colo.errors import DomainError, HostError, XenError
 
 XL_TIMEOUT_S = 120.0
+# How main() of xl (tools/xl/xl.c) ends where there is no hypervisor, or no xenstored, and how all words of Debian's
+# wrapper (xen-utils-wrapper of xen-utils-common) begin, which looks for the xl of the Xen that runs.
+NO_CONTEXT = "cannot init xl context"
+WRAPPER_ERROR = "ERROR:  "
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
@@ -26,6 +30,16 @@ def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
         ) from error
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip().splitlines()
+        if words and (words[-1] == NO_CONTEXT or words[-1].startswith(WRAPPER_ERROR)):
+            reason = (
+                (words[-2:-1] or words)[0]
+                if words[-1] == NO_CONTEXT
+                else words[-1].removeprefix(WRAPPER_ERROR)
+            )
+            raise HostError(
+                f"xl cannot work here ({reason.strip()}): boot this host with Xen, and see that its services run "
+                "(xenstored, xenconsoled)"
+            )
         raise XenError(
             f"xl {args[0]} failed: {words[-1] if words else 'no message'}", operation=f"xl {args[0]}"
         )

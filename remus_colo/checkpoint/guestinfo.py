@@ -17,6 +17,8 @@ from remus_colo.adapters.xenctrl import (
     ShutdownReason,
 )
 from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint.birth import SECONDARY_SUFFIX
+from remus_colo.checkpoint.receiver import INCOMING_SUFFIX
 from remus_colo.errors import DomainError
 
 # Devices without a backend that matters: consoles end in xenconsoled, vkbd and vfb of a guest without a
@@ -53,6 +55,16 @@ class GuestLayout:
     def private_gfns(self) -> tuple[int, int]:
         """Pages shared with this host's own xenstored and xenconsoled: they never travel."""
         return self.store_gfn, self.console_gfn
+
+
+def refuse_copy(name: str) -> None:
+    """:raise DomainError: the domain is what remusd makes of a guest that is protected by another host."""
+    for suffix in (SECONDARY_SUFFIX, INCOMING_SUFFIX):
+        if name.endswith(suffix):
+            raise DomainError(
+                f"{name} is the copy of a guest that another remus protects: protect the guest itself; if it has become the guest, "
+                f"rename it first (xl rename {name} {name.removesuffix(suffix)})"
+            )
 
 
 def refuse_config(name: str, config: dict[str, Any]) -> None:

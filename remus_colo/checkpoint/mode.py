@@ -52,12 +52,10 @@ def choose(
             Mode.TRANSPARENT,
             f"the backup's Xen, whose clock is {offset} from the guest's, lets a guest keep its own",
         )
-    elif offset_ns < -MAX_BEHIND_NS:
-        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would stand still"
-        remedy = "give the backup host a Xen with a system time offset (patches/)"
-    elif offset_ns > MAX_AHEAD_NS:
-        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would jump"
-        remedy = "give the backup host a Xen with a system time offset (patches/)"
+    elif not -MAX_BEHIND_NS <= offset_ns <= MAX_AHEAD_NS:
+        effect = "stand still" if offset_ns < 0 else "jump"
+        obstacle = f"the backup's Xen clock is {offset} from the guest's, which would {effect}"
+        remedy = "boot the backup host with a Xen that has a system time offset (patches/)"
     else:
         return Choice(Mode.TRANSPARENT, f"the backup's Xen clock is {offset} from the guest's")
     if requested == Mode.TRANSPARENT:

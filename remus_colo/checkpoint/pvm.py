@@ -115,8 +115,8 @@ class PvmEngine:
         if sharedinfo.masks_unbound_ports(page):
             return True
         port = self.guest.hvm_param(HVM_PARAM_STORE_EVTCHN)
-        self.guest.pause()
         try:
+            self.guest.pause()  # in here: a signal may interrupt us as soon as that is done
             self.store.write(self._shutdown_node, "")
             deadline_s = time.monotonic() + EVENT_TIMEOUT_S
             while not sharedinfo.is_pending(page, port):

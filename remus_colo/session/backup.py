@@ -104,6 +104,7 @@ class BackupSession(abc.ABC):
         self.domid: int | None = None
         self._epoch = 0
         self._peer_lost = False
+        self._shutting_down = False
         self._failure = ""
         self._arbitration = Arbitration(self.loop, self._judge, self._decided, event)
         self._svm_at_rest = threading.Event()  # no thread is at work on it
@@ -249,14 +250,22 @@ class BackupSession(abc.ABC):
             )
 
     def shut_down(self) -> None:
-        """remusd ends; from any thread."""
-        self.loop.call(lambda: self.handle(E.SHUTDOWN))
+        """remusd ends; from any thread.  The session does so, too, as soon as it is known what becomes of the guest."""
+
+        def told() -> None:
+            self._shutting_down = True
+            self.handle(E.SHUTDOWN)
+
+        self.loop.call(told)
 
     def handle(self, event: E, reason: str = "") -> None:
         """An event for the state machine, and what it orders then."""
         step = self.machine.handle(event, epoch=self._epoch, reason=reason)
         if step.moved and not (self.QUIET and self.machine.routine(step)):
             self.event("state", old=step.old.value, new=step.new.value, cause=event.value, reason=reason)
+        if step.moved and step.new is BackupState.ACTIVE and self._shutting_down:
+            # It had to wait for the verdict, and now until the LAN has heard of the guest.
+            self.loop.call_later(ANNOUNCE_REPEATS * ANNOUNCE_INTERVAL_S, lambda: self.handle(E.SHUTDOWN))
         each([self._actions[action] for action in step.actions])
 
     def _svm_failed(self, error: BaseException) -> None:
@@ -268,12 +277,19 @@ class BackupSession(abc.ABC):
         self.handle(E.SVM_FAILED, reason=str(error))
 
     def _refuse_remains(self, name: str) -> None:
-        """:raise DomainError: a domain has the name that the SVM is to have."""
+        """:raise DomainError: a domain has the name that the SVM is to have, or the one that it takes as the guest."""
+        final = None if self.creation.same_host else self.creation.config["c_info"]["name"]
         for domid in self.store.list("/local/domain"):
-            if self.store.read(f"/local/domain/{domid}/name") == name:
+            found = self.store.read(f"/local/domain/{domid}/name")
+            if found == name:
                 raise DomainError(
                     f"there is a domain {name} on this host already: if {self.creation.name} is protected here by nobody else, "
                     f"it was left by a remusd that was killed: xl destroy {name}"
+                )
+            if final is not None and found == final:
+                raise DomainError(
+                    f"there is a domain {final} on this host already, and two of that name would be one too many after a failover: "
+                    "end that one here, or rename it"
                 )
 
     def _svm_thread(

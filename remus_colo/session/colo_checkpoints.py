@@ -167,6 +167,7 @@ class Checkpoints:
 
     def _on_stopped(self, epoch: int, dirty: bytes, started_s: float, error: BaseException | None) -> None:
         if error is not None:
+            self._let_run()  # it may have suspended all the same
             self._capture_failed(error)
         elif epoch == self._session.stats.epoch and self._capture_wanted():
             self._capture(dirty, started_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from remus_colo.session.loop import Loop
 from remus_colo.session.parts import EventSink
 from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.primary import PrimarySession
+
+log = logging.getLogger(__name__)
 
 STREAM_FRAME_BYTES = 1 << 20
 
@@ -181,6 +184,9 @@ class ColoSession(PrimarySession):
     def _on_born(self, pause_s: float | None, error: BaseException | None) -> None:
         if error is not None:
             if self.machine.final:
+                return
+            if self.machine.state is PrimaryState.STOPPING and isinstance(error, RemusError):
+                log.info("the copy broke off as protection ended: %s", error)
                 return
             self.fail(error)
             return

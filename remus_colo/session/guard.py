@@ -89,8 +89,8 @@ class Guard:
         self._shared[8] = 0  # not after an error: then the guest may be half-way
 
     def end(self) -> None:
-        """All is in order: the guard is not needed any more."""
-        self._close(END)
+        """All is in order: the guard is not needed any more, but for a rebirth that broke off."""
+        self._close(b"" if self._shared[8] else END)
 
     def give_up(self) -> None:
         """It is not: have the guard do its work now."""

@@ -15,6 +15,28 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """What would kill the process ends it as Ctrl-C does, by KeyboardInterrupt, so that what has been begun is undone.
+
+    Outside :func:`ending`, while there is no protection yet that could end in order.  In the main thread only.
+    """
+
+    def on_signal(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = {
+        number: signal.signal(number, on_signal)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def ending(stop: Callable[[str], None]) -> Iterator[None]:
     """Call ``stop`` with the name of the signal that is to end the protection.  In the main thread only.
 

@@ -34,6 +34,7 @@ from remus_colo.testbed.ssh import Remote, key_pair
 log = logging.getLogger(__name__)
 
 STATE_ROOT = Path("/run/remus_colo-testbed")
+RECORD = "bed.json"  # how a bed was brought up, in its directory
 BOOT_TIMEOUT_S = 600.0
 PAUSE_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_MB = 3000
@@ -83,7 +84,8 @@ class Bed:
                 raise BedError(
                     f"the bed '{self.name}' is up already, or left over: take it down first ('down')"
                 )
-            (self.directory / "bed.json").write_text(json.dumps(asdict(options)))
+            self._check_directory()
+            (self.directory / RECORD).write_text(json.dumps(asdict(options)))
             began_s = time.monotonic()
             try:
                 self._prepare(options)
@@ -106,7 +108,11 @@ class Bed:
         """Take it down, whatever is left of it, also after a crash of this program; says what was removed."""
         _need_root()
         with self._locked():
+            self._check_directory()
             removed = self._down()
+            for path in self.directory.iterdir():
+                if path.name != RECORD:  # the last to go: it says that the directory is ours to remove
+                    cache.remove(path)
             cache.remove(self.directory)
         return removed
 
@@ -211,11 +217,12 @@ class Bed:
         self.reachable(host).run(command, timeout_s=600, stdin=content)
 
     def reachable(self, host: str) -> Remote:
-        """ssh to a host.  :raise BedError: the bed is not up, or the host is off (or still booting)."""
+        """ssh to a host.  :raise BedError: the bed is not up, or the host does not answer: it is off, still booting or paused."""
         self._need_up()
         state = self._host(host).state()
-        if state in ("off", "booting"):
-            raise BedError(f"{host} is {state}: run 'status', and 'boot {host}' if it is off")
+        if state != "ready":
+            remedy = {"off": f": run 'boot {host}'", "paused": f": run 'resume {host}'"}.get(state, "")
+            raise BedError(f"{host} is {state}{remedy}")
         return self.remote(host)
 
     def remote(self, host: str) -> Remote:
@@ -238,7 +245,7 @@ class Bed:
     def options(self) -> Options:
         """:raise BedError: the bed is not up."""
         try:
-            return Options(**json.loads((self.directory / "bed.json").read_text()))
+            return Options(**json.loads((self.directory / RECORD).read_text()))
         except FileNotFoundError as cause:
             raise BedError(f"there is no bed '{self.name}': run 'up'") from cause
 
@@ -301,6 +308,13 @@ class Bed:
         if not self.network.exists():
             raise BedError(f"the bed '{self.name}' is not up: run 'up'")
 
+    def _check_directory(self) -> None:
+        """:raise BedError: the directory is not a bed's: a user's that --state leads to by mistake."""
+        if not _may_be_a_bed(self.directory):
+            raise BedError(
+                f"{self.directory} has something else than a bed in it: give another --state or --bed"
+            )
+
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -312,7 +326,13 @@ class Bed:
 def bed_names(state_root: Path | None = None) -> list[str]:
     """Names of the beds that have state, up or crashed."""
     root = STATE_ROOT if state_root is None else state_root
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+    paths = root.iterdir() if root.is_dir() else ()
+    return sorted(p.name for p in paths if p.is_dir() and NAME_PATTERN.fullmatch(p.name) and _may_be_a_bed(p))
+
+
+def _may_be_a_bed(directory: Path) -> bool:
+    """One that crashed at once has left an empty directory."""
+    return (directory / RECORD).exists() or not any(directory.iterdir())
 
 
 def _each_host(action: Callable[[str], None]) -> None:

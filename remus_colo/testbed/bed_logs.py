@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from remus_colo.errors import RemusError
 from remus_colo.testbed.bed import Bed
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.network import HOSTS
+from remus_colo.testbed.ssh import Remote
 
 log = logging.getLogger(__name__)
 
 GUEST_LOG = "/var/log/xen/console/guest-{domain}.log"
+# A copy's name, until it has become the guest: by COLO, and by xl for Remus.
+COPY_SUFFIXES = ("--secondary", "--incoming")
 COLLECT_TIMEOUT_S = 60.0
 
 # File in the collection: what prints it in dom0.
@@ -38,22 +42,61 @@ LOG_PATHS = "/var/log/xen /var/log/remus* /var/log/remus_colo* /run/remus* /tmp/
 def console(bed: Bed, target: str, *, follow: bool) -> None:
     """Print a console, by becoming ``tail``.
 
-    :param target: ``HOST`` for the serial line, ``HOST/DOMAIN`` for a guest's console.
+    :param target: ``HOST`` for the serial line, ``DOMAIN`` or ``HOST/DOMAIN`` for a guest's console.
+    :raise BedError: there is none.
     """
-    name, _, domain = target.partition("/")
-    if name not in HOSTS:
-        raise BedError(f"'{target}' is no console: give HOST or HOST/DOMAIN, HOST being primary or backup")
+    name, slash, domain = target.partition("/")
     options = ["-n", "+1", *(["-F"] if follow else [])]
-    if domain:
-        path = shlex.quote(GUEST_LOG.format(domain=domain))
-        argv = bed.reachable(name).argv(f"exec tail {' '.join(options)} {path}")
+    if name in HOSTS and not domain:
+        path = bed.hosts[name].serial_log
+        if not path.exists():
+            raise BedError(f"{name} of the bed '{bed.name}' has no console: run 'up'")
+        argv = ["tail", *options, str(path)]
+    elif slash and (name not in HOSTS or "/" in domain):
+        raise BedError(
+            f"'{target}' is no console: give HOST, DOMAIN or HOST/DOMAIN, HOST being primary or backup"
+        )
     else:
-        argv = ["tail", *options, str(bed.hosts[name].serial_log)]
+        hosts = [name] if slash else [host for host in HOSTS if bed.hosts[host].state() == "ready"]
+        remotes = [bed.reachable(host) for host in hosts or HOSTS]
+        remote, log_file = _find_guest(remotes, domain if slash else name)
+        argv = remote.argv(f"exec tail {' '.join(options)} {shlex.quote(log_file)}")
     os.execvp(argv[0], argv)
 
 
+def _find_guest(remotes: Sequence[Remote], domain: str) -> tuple[Remote, str]:
+    """The host that a guest runs on, or has run on, and the file with its console's output.
+
+    That of a guest that was taken over has the name that the guest had as a copy.
+
+    :raise BedError: no host knows it.
+    """
+    files = [GUEST_LOG.format(domain=domain + suffix) for suffix in ("", *COPY_SUFFIXES)]
+    look = (
+        f"ls -t {' '.join(map(shlex.quote, files))} 2>/dev/null | head -n 1; "
+        f"xl domid {shlex.quote(domain)} >/dev/null 2>&1 && echo runs; true"
+    )
+    found = []
+    for remote in remotes:
+        lines = remote.run(look, timeout_s=COLLECT_TIMEOUT_S).stdout.splitlines()
+        if lines and lines[0] != "runs":
+            found.append(("runs" not in lines, remote, lines[0]))
+    if not found:
+        hosts = " or ".join(remote.host for remote in remotes)
+        raise BedError(
+            f"there is no guest '{domain}' on {hosts}, and has been none: see 'exec HOST -- xl list'"
+        )
+    _, remote, log_file = min(found, key=lambda entry: entry[0])
+    return remote, log_file
+
+
 def collect(bed: Bed, directory: Path) -> None:
-    """Write each host's logs and state below ``directory``; what cannot be had is noted there, not raised."""
+    """Write each host's logs and state below ``directory``; what cannot be had is noted there, not raised.
+
+    :raise BedError: there is no bed, up or left over.
+    """
+    if not bed.directory.exists():
+        raise BedError(f"there is no bed '{bed.name}': run 'up'")
     with ThreadPoolExecutor(len(HOSTS)) as pool:
         for _ in pool.map(lambda host: _collect_host(bed, host, directory / host), HOSTS):
             pass

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from remus_colo.errors import RemusError
 from remus_colo.testbed import machine, scenario_figures, scenario_standstill
+from remus_colo.testbed.arguments import count, not_negative, positive, some
 from remus_colo.testbed.bed import Bed
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import Protection
@@ -155,16 +156,22 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add(
         "--rounds",
-        type=int,
+        type=some,
         default=2,
         metavar="N",
         help="how often both are measured (default: %(default)s)",
     )
-    add("--seconds", type=float, default=30.0, metavar="S", help="length of each load (default: %(default)s)")
-    add("--rate", type=float, default=0.0, metavar="R",
+    add(
+        "--seconds",
+        type=positive,
+        default=30.0,
+        metavar="S",
+        help="length of each load (default: %(default)s)",
+    )
+    add("--rate", type=not_negative, default=0.0, metavar="R",
         help="requests per second and connection, 0 for as fast as replies come (default: %(default)s)")  # fmt: skip
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), default="auto", help="as for remus")
-    add("--period", type=int, metavar="MS", help="as for remus")
+    add("--period", type=count, metavar="MS", help="as for remus")
     add("--bed", default=f"bench-{os.getpid()}", metavar="NAME", help="name of the bed (bench-PID)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from remus_colo.errors import RemusError
+from remus_colo.errors import ExitStatus, RemusError
 from remus_colo.testbed import bed_logs, bed_status
+from remus_colo.testbed.arguments import finite
 from remus_colo.testbed.bed import DEFAULT_DOM0_MB, DEFAULT_MEMORY_MB, Bed, Options, bed_names
 from remus_colo.testbed.network import HOSTS
 
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     add("python", "print the path of the Python that has what the tests need")
     up = add("up", "build what is missing and boot both hosts")
     up.add_argument(
-        "--skew", type=float, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
+        "--skew", type=finite, default=0.0, metavar="SECONDS", help="backup's Xen time minus primary's"
     )
     up.add_argument(
         "--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor"
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         _add_host(add(name, text))
     add("link", "cut or restore the replication link").add_argument("position", choices=("up", "down"))
     console = add("console", "print a console: a host's serial line, or a guest's")
-    console.add_argument("target", metavar="HOST[/DOMAIN]")
+    console.add_argument("target", metavar="HOST|DOMAIN|HOST/DOMAIN")
     console.add_argument("--follow", "-f", action="store_true", help="go on as it grows")
     add("logs", "collect logs and state of both hosts").add_argument("directory", type=Path, metavar="DIR")
     return top
@@ -89,7 +90,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    args = parser().parse_args(argv)
+    reader = parser()
+    args = reader.parse_args(argv)
+    if args.command in ("exec", "client") and not _words(args.words):
+        reader.error(f"{args.command}: give a command to run, after --")
+    if args.command == "up" and not 0 < args.dom0_memory < args.memory:
+        reader.error("up: --dom0-memory is a part of --memory")
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
@@ -101,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RemusError as error:
         print(f"testbed: {error}", file=sys.stderr)
         return int(error.exit_status)
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"testbed: {where}{error.strerror or error}", file=sys.stderr)
+        return int(ExitStatus.HOST)
     except KeyboardInterrupt:
         return 130
 

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from remus_colo.errors import ExitStatus, NetworkError, RemusError
 from remus_colo.testbed import load_content, load_report, load_verify
+from remus_colo.testbed.arguments import count, not_negative, positive
 from remus_colo.testbed.load_check import Check, EchoCheck, HttpCheck, VolatileCheck
 from remus_colo.testbed.load_counter import Counter, IncrementCheck
 from remus_colo.testbed.load_datagram import DatagramWorker
@@ -204,24 +205,24 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python3 -m remus_colo.testbed.load", description=description)
     add = made.add_argument
     add("--target", required=True, metavar="ADDRESS", help="the guest's address")
-    add("--seconds", type=_positive, required=True, help="how long")
-    add("--redis", type=_count, default=8, metavar="N", help="connections that do INCR (%(default)s)")
-    add("--http", type=_count, default=8, metavar="N", help="connections that GET static files (%(default)s)")
-    add("--echo", type=_count, default=4, metavar="N", help="pipelined TCP echo streams (%(default)s)")
-    add("--udp", type=_count, default=0, metavar="N", help="UDP echo sockets (%(default)s)")
-    add("--rate", type=_not_negative, default=10.0, metavar="R",
+    add("--seconds", type=positive, required=True, help="how long")
+    add("--redis", type=count, default=8, metavar="N", help="connections that do INCR (%(default)s)")
+    add("--http", type=count, default=8, metavar="N", help="connections that GET static files (%(default)s)")
+    add("--echo", type=count, default=4, metavar="N", help="pipelined TCP echo streams (%(default)s)")
+    add("--udp", type=count, default=0, metavar="N", help="UDP echo sockets (%(default)s)")
+    add("--rate", type=not_negative, default=10.0, metavar="R",
         help="requests per second and connection, 0 for as fast as replies come (%(default)s)")  # fmt: skip
     add("--sizes", type=_sizes, default=_DEFAULT_SIZES, metavar="NAMES",
         help=f"files that a connection asks for in turn, of {', '.join(load_content.SIZES)} (%(default)s)")  # fmt: skip
-    add("--churn", type=_not_negative, default=0.0, metavar="N",
+    add("--churn", type=not_negative, default=0.0, metavar="N",
         help="short-lived connections per second: connect, one request, close (%(default)s)")  # fmt: skip
-    add("--random-every", type=_not_negative, default=0.0, metavar="S", help="GET /random each S seconds")
-    add("--time-every", type=_not_negative, default=0.0, metavar="S", help="GET /time each S seconds")
-    add("--timeout", type=_positive, default=60.0, metavar="S",
+    add("--random-every", type=not_negative, default=0.0, metavar="S", help="GET /random each S seconds")
+    add("--time-every", type=not_negative, default=0.0, metavar="S", help="GET /time each S seconds")
+    add("--timeout", type=positive, default=60.0, metavar="S",
         help="a reply or connection that takes longer is an error (%(default)s)")  # fmt: skip
-    add("--drain", type=_positive, default=10.0, metavar="S",
+    add("--drain", type=positive, default=10.0, metavar="S",
         help="how long to wait for outstanding replies at the end (%(default)s)")  # fmt: skip
-    add("--gap-ms", type=_positive, default=200.0, metavar="MS", help="log longer gaps (%(default)s)")
+    add("--gap-ms", type=positive, default=200.0, metavar="MS", help="log longer gaps (%(default)s)")
     add("--log", metavar="FILE", help="write gaps and errors as JSON lines")
     add("--progress", action="store_true", help="print a JSON line each second")
     add("--json", action="store_true", help="print no table, only the JSON object")
@@ -254,27 +255,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 async def _run(options: argparse.Namespace, log: TextIO | None) -> dict[str, object]:
     return await Load(options, log).run()
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{number} is negative")
-    return number
-
-
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = _not_negative(text)
-    if number == 0:
-        raise argparse.ArgumentTypeError("0 is too short")
-    return number
 
 
 def _sizes(text: str) -> list[str]:

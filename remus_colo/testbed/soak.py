@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from remus_colo.errors import RemusError
 from remus_colo.testbed import machine, scenario_clock, scenario_endurance, scenario_trial
+from remus_colo.testbed.arguments import finite, some
 from remus_colo.testbed.bed import Bed, Options
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection, fresh
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python3 -m remus_colo.testbed.soak", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("-n", type=int, metavar="N", help="failovers (10, clock: 5), or checkpoints (300) for memory")
+    add("-n", type=some, metavar="N", help="failovers (10, clock: 5), or checkpoints (300) for memory")
     add("--kind", choices=KINDS, default="primary", help="what happens (default: %(default)s)")
     add(
         "--bed",
@@ -134,17 +135,17 @@ def main(arguments: list[str] | None = None) -> int:
         help="bed to use; made anew each time (soak-PID)",
     )
     add("--seed", type=int, default=None, help="of the random moments; printed, to repeat a run")
-    add("--skew", type=float, default=0.0, metavar="S", help="backup's Xen time minus primary's")
+    add("--skew", type=finite, default=0.0, metavar="S", help="backup's Xen time minus primary's")
     add(
         "--checkpoints",
-        type=int,
+        type=some,
         default=100,
         metavar="N",
         help="all in all, for clock (default: %(default)s)",
     )
     add(
         "--timer",
-        type=int,
+        type=some,
         default=10,
         metavar="MS",
         help="of the guest's watch, for clock (default: %(default)s)",
@@ -157,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         default="colo",
         help="how the guest is protected (default: %(default)s)",
     )
-    add("--interval", type=int, metavar="MS", help="as for remus, without COLO")
+    add("--interval", type=some, metavar="MS", help="as for remus, without COLO")
     add(
         "--guest",
         choices=("pvh", "pv"),

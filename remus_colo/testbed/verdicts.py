@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from remus_colo.errors import RemusError
 from remus_colo.testbed import machine, scenario_figures
+from remus_colo.testbed.arguments import count, not_negative, positive
 from remus_colo.testbed.bed import Bed
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import Protection
@@ -102,15 +103,21 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python3 -m remus_colo.testbed.verdicts", description=__doc__.partition("\n")[0]
     )
     add = parser.add_argument
-    add("--seconds", type=float, default=120.0, metavar="S", help="length of the load (default: %(default)s)")
-    add("--downloads", type=int, default=2, metavar="N",
+    add(
+        "--seconds",
+        type=positive,
+        default=120.0,
+        metavar="S",
+        help="length of the load (default: %(default)s)",
+    )
+    add("--downloads", type=count, default=2, metavar="N",
         help="connections that fetch 10 MB files (default: %(default)s)")  # fmt: skip
-    add("--rate", type=float, default=LOAD["rate"], metavar="R",
+    add("--rate", type=not_negative, default=LOAD["rate"], metavar="R",
         help="requests per second and connection of the others (default: %(default)s)")  # fmt: skip
-    add("--random-every", type=float, metavar="S",
+    add("--random-every", type=not_negative, metavar="S",
         help="GET /random, which the VMs answer differently, each S seconds (never)")  # fmt: skip
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), default="auto", help="as for remus")
-    add("--period", type=int, metavar="MS", help="as for remus")
+    add("--period", type=count, metavar="MS", help="as for remus")
     add("--bed", default=f"verdicts-{os.getpid()}", metavar="NAME", help="name of the bed (verdicts-PID)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)

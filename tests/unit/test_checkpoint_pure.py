@@ -51,6 +51,15 @@ class TestMode:
             with pytest.raises(DomainError, match=rf"{effect}.*system time offset.*--checkpoint cooperative"):
                 choose("transparent", offset_ns=offset_ns, two_level_events=True)
 
+    @pytest.mark.parametrize("offset_ns", [-(10**9), 10**9])
+    def test_what_is_advised_against_clocks_apart_is_what_is_looked_at(self, offset_ns: int) -> None:
+        """The guest's clock source is not, and hosts that are booted again are as far apart the other way round."""
+        with pytest.raises(DomainError) as refused:
+            choose("transparent", offset_ns=offset_ns, two_level_events=True)
+        assert "system time offset" in str(refused.value)
+        assert "clocksource" not in str(refused.value)
+        assert "before the primary" not in str(refused.value)
+
     def test_cooperative_when_asked_for(self) -> None:
         assert choose("cooperative", offset_ns=0, two_level_events=True).mode is Mode.COOPERATIVE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from remus_colo import cli, daemon_options
+from remus_colo import cli, daemon, daemon_options
 from remus_colo._version import __version__
 from remus_colo.daemon_options import DaemonOptions
 from remus_colo.errors import ConfigError, DomainError, ExitStatus
@@ -159,6 +160,22 @@ def test_an_empty_hook_is_refused() -> None:
         cli.parse(["--colo", "--fence", " ", "web"])
 
 
+@pytest.mark.parametrize("main", [cli.main, daemon.main], ids=["remus", "remusd"])
+@pytest.mark.parametrize("name", ["no-such-hook", "/no/such/hook", "{tmp}/plain", "{tmp}"])
+def test_a_hook_that_cannot_be_run_is_refused_at_the_start(
+    root: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    main: Callable[[list[str]], int],
+    name: str,
+) -> None:
+    (tmp_path / "plain").write_text("not to be executed")
+    hook = name.format(tmp=tmp_path)
+    domain = ["web"] if main is cli.main else ["--foreground"]
+    assert main(["--fence", f"{hook} now", *domain]) == ExitStatus.USAGE
+    assert f": error: --fence: there is no program '{hook}'" in capsys.readouterr().err
+
+
 def test_not_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert cli.main(["--colo", "web"]) == 3
@@ -209,6 +226,35 @@ def test_errors_become_one_sentence_and_a_status(
     session(run)
     assert cli.main(["--colo", "web"]) == status
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_would_kill_it_before_protection_begins_ends_it_in_order(
+    session: Callable[[Callable[[ColoOptions], int]], None], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """With what it has begun undone, and the status that is documented; a guard would have to do it otherwise."""
+    number = getattr(signal, name)
+    undone = []
+
+    def run(options: ColoOptions) -> int:
+        try:
+            os.kill(os.getpid(), number)
+            return ExitStatus.OK
+        finally:
+            undone.append(True)
+
+    def killed(*_: object) -> None:
+        pytest.fail("nobody has taken the signal")
+
+    session(run)
+    before = signal.signal(number, killed)
+    try:
+        assert cli.main(["--colo", "web"]) == ExitStatus.INTERRUPTED
+        assert signal.getsignal(number) is killed
+    finally:
+        signal.signal(number, before)
+    assert undone == [True]
+    assert capsys.readouterr().err == "remus: interrupted\n"
 
 
 def test_verbose_shows_where_an_error_comes_from(

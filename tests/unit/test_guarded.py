@@ -85,6 +85,14 @@ def test_a_guest_that_the_backup_may_have(tmp_path: Path) -> None:
     assert record(tmp_path).split()[1:] == ["abcdef"]
 
 
+@pytest.mark.parametrize("end", ["die()", "guard.sure()\n    raise errors.XenError('no backend')"])
+def test_a_guest_whose_rebirth_broke_off(tmp_path: Path, end: str) -> None:
+    """Killed, or failed: it stands still.  However long the backup was silent: it has no checkpoint yet."""
+    run(tmp_path, f"guard.sure()\ntime.sleep(0.2)\nwith guard.rebirth():\n    {end}", timeout_s=0.1)
+    assert "'resume': True, 'reborn': True" in (tmp_path / "recover").read_text()
+    assert record(tmp_path) == ""
+
+
 def test_a_guest_that_runs_although_the_backup_may_have_it(tmp_path: Path) -> None:
     """There is nothing to decide."""
     _, said = run(tmp_path, "guard.sure()\ntime.sleep(0.2)\ndie()", stood="", timeout_s=0.1)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,30 @@ def files(folder: Path) -> Iterator[str]:
 
 def test_every_file_of_the_package_is_installed(source: Path, built: Path) -> None:
     assert sorted(files(built)) == sorted(files(source / "remus_colo"))
+
+
+def test_a_source_distribution_is_a_work_tree(tmp_path: Path) -> None:
+    """With all that the README tells of, but git's and CI's files."""
+    tree = tmp_path / "tree"
+    left_out = shutil.ignore_patterns(
+        ".*", "*.egg-info", "build", "dist", "__pycache__", "*.so", "*.o", "*_xen.c", "*_compare.c"
+    )
+    shutil.copytree(REPOSITORY, tree, ignore=left_out)
+    wanted = {
+        "xen.py",
+        "Makefile",
+        "CONTRIBUTING.rst",
+        "docs/index.rst",
+        "examples/web.cfg",
+        "tests/e2e/conftest.py",
+    }
+    done = run_setup(tree, "off", "-q", "sdist", "--formats=tar", "--dist-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.glob("*.tar")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert wanted <= names
+    assert {name for name in files(tree) if "egg-info" not in name} <= names
 
 
 def test_python_finds_the_package_xen_by_itself(built: Path) -> None:

@@ -71,6 +71,15 @@ def test_what_a_killed_remusd_has_left_is_named_and_left_alone() -> None:
     assert world.path.closed is False
 
 
+def test_a_domain_that_has_the_guests_own_name_is_in_the_way() -> None:
+    """The guest as it was before an earlier failover, say, that was started again with its host: with the same addresses."""
+    world = World(names={"3": "other", "4": "web"})
+    with world.running() as primary:
+        reason = primary.expect(MessageType.REFUSE).fields["reason"]
+    assert "there is a domain web on this host already" in reason
+    assert world.destroyed == 0
+
+
 @error_of_each_kind
 @pytest.mark.parametrize("step", ["prepare", "apply", "await_forwarding", "reset", "resume"])
 def test_whatever_fails_at_a_checkpoint(step: str, error: Exception) -> None:
@@ -232,6 +241,29 @@ def test_a_takeover() -> None:
     world.assert_serving()
     assert world.states()[-3:] == ["arbitrating", "active", "stopped"]
     assert world.faults.steps.count("rename") == 1
+
+
+@pytest.mark.parametrize("verdict", [Verdict.DEAD, Verdict.ALIVE])
+def test_an_end_of_remusd_in_the_midst_of_arbitration_waits_for_the_verdict_and_no_longer(
+    verdict: Verdict,
+) -> None:
+    world = World(verdict=verdict)
+
+    def arbitrate() -> None:
+        world.session.shut_down()
+        world.call(lambda: None)  # it has been told by the time of the verdict
+
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        world.faults.at["probe"] = arbitrate
+        primary.leave()
+    if verdict is Verdict.DEAD:
+        world.assert_serving()
+        assert world.states()[-3:] == ["arbitrating", "active", "stopped"]
+        assert world.faults.steps.count("rename") == 1
+    else:
+        world.assert_gone()
 
 
 @pytest.mark.parametrize("count", [1, 20])

@@ -100,6 +100,22 @@ def test_a_process_that_ends_in_order(tmp_path: Path) -> None:
     assert not guarded.told.exists()
 
 
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyboardInterrupt"])
+def test_a_rebirth_that_broke_off_is_never_in_order(tmp_path: Path, error: str) -> None:
+    """However the process makes of that an end of its own."""
+    script = f"""
+        try:
+            with guard.rebirth():
+                raise {error}
+        except {error}:
+            guard.end()
+        sys.exit(0 if os.path.exists(sys.argv[1]) else 3)
+    """
+    guarded = Guarded(tmp_path / "told", textwrap.dedent(script))
+    assert guarded.wait() == 0
+    assert guarded.remains()[2] is True
+
+
 def test_a_process_that_gives_up_waits_for_its_guard(tmp_path: Path) -> None:
     guarded = Guarded(tmp_path / "told", "guard.give_up(); sys.exit(0 if os.path.exists(sys.argv[1]) else 3)")
     assert guarded.wait() == 0

@@ -11,6 +11,7 @@ from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, Xe
 from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
 from remus_colo.relocation.schema import MessageType
+from remus_colo.relocation.wire import Message
 
 MODES = (Mode.TRANSPARENT, Mode.COOPERATIVE)
 
@@ -61,6 +62,28 @@ def test_whatever_fails_the_guest_goes_on(mode: Mode, step: str, error: Exceptio
     assert world.backup.received.count(MessageType.STOP) == 1
     assert world.path.dropped is False
     assert "error" in world.names()
+
+
+def test_a_guest_that_has_suspended_when_its_stop_fails_runs_before_the_end() -> None:
+    """How long that takes is up to the backup."""
+    world = World(Mode.COOPERATIVE)
+    stop = world.engine.stop
+
+    def stop_and_fail() -> None:
+        stop()
+        raise XenError("a ring cannot be read")
+
+    world.engine.stop = stop_and_fail  # type: ignore[method-assign]
+    ran: list[bool] = []
+
+    def on_stop(message: Message) -> None:
+        ran.append(world.engine.guest.running)
+        world.backup.answer(message)
+
+    world.backup.at[MessageType.STOP, 1] = on_stop
+    assert world.run() is ExitStatus.HOST
+    assert ran == [True]
+    world.assert_clean()
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -155,6 +178,28 @@ def test_a_takeover_stops_the_guest_whatever_fails() -> None:
     assert isinstance(world.run(), RuntimeError)
     assert world.engine.guest.gone
     assert world.path.dropped is True
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stop_while_the_guest_is_copied_is_an_end_as_asked(mode: Mode) -> None:
+    """The backup has no more use for the copy, and closes its end of it; its BYE may be read only after that."""
+    world = World(mode)
+    goodbye: list[bool] = []
+
+    def stop_and_break() -> None:
+        world.session.request_stop()
+        while "stopping" not in world.states():
+            pass
+        world.loop.call_later(0.1, lambda: world.backup.say(MessageType.BYE))
+        raise PeerLost("the backup closed the connection")
+
+    world.at["suspend"] = stop_and_break
+    world.backup.at[MessageType.STOP, 1] = lambda _: goodbye.append(True)
+    assert world.run() is ExitStatus.OK
+    assert goodbye == [True]
+    assert world.session.failure is None
+    assert "error" not in world.names()
+    world.assert_clean()
 
 
 # -- the backup is lost ----------------------------------------------------------------------------------------
