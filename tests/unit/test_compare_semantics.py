@@ -261,6 +261,18 @@ def test_urgent_data_is_marked_by_both_or_differs():
         assert "only one side marks it as urgent" in bench.detail
 
 
+@pytest.mark.parametrize("pointer", [0, 1])
+def test_an_urgent_pointer_of_0_marks_the_first_byte(pointer):
+    for ours, theirs in ((URG, 0), (0, URG)):
+        bench = Bench().connect()
+        bench.p(tcp(101, 50, ACK | ours, b"abc", urgent=pointer if ours else 0))
+        differs = bench.s(tcp(101, 50, ACK | theirs, b"abc", urgent=pointer if theirs else 0))
+        assert differs == ((), Reason.TCP_PAYLOAD)
+    bench = Bench().connect()
+    bench.p(tcp(101, 50, ACK | URG, b"abc", urgent=pointer))
+    assert bench.s(tcp(101, 50, ACK | URG, b"abc", urgent=1 - pointer)) == ((2,), None)
+
+
 @pytest.mark.parametrize("late", ["pvm", "svm"])
 def test_many_urgent_marks_before_the_other_side_has_any(late):
     bench = Bench().connect()
