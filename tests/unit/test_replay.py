@@ -178,6 +178,19 @@ def test_timeout_and_tail(tmp_path: Path) -> None:
     assert result["checkpoints"] == [{"at_ms": 200.0, "reason": "udp-timeout"}]
 
 
+@pytest.mark.parametrize("later_s", [1_700_000_000, 2**32 - 1])
+def test_times_that_no_floating_point_number_has(tmp_path: Path, later_s: int) -> None:
+    def record(seconds: int, nanoseconds: int, frame: bytes) -> bytes:
+        return struct.pack("<IIII", seconds, nanoseconds, len(frame), len(frame)) + frame
+
+    one, other = tmp_path / "p.pcap", pcap(tmp_path / "s.pcap", [])
+    header = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0xFFFF, 1)
+    for nanoseconds in range(123_456_789, 123_456_789 + 7 * 37, 37):
+        one.write_bytes(header + record(0, 0, ARP) + record(later_s, nanoseconds, udp(b"abc")))
+        result = json.loads(command(one, other, "--compare-timeout", "3.3").stdout)
+        assert [packet["fate"] for packet in result["packets"]] == ["released", "flushed"]
+
+
 def test_what_the_svm_alone_says_in_a_stream_ends_in_a_checkpoint(tmp_path: Path) -> None:
     ours = [(0, tcp(100, 50, ACK, b"abc"))]
     result = run(tmp_path, ours, [(1, tcp(100, 50, ACK, b"abcd"))])
