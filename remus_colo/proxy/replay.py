@@ -100,6 +100,11 @@ def split_frame(record: Record) -> tuple[bytes, int, int]:
     return record.frame[ETHERNET_BYTES:], ethertype, record.wire_size - ETHERNET_BYTES
 
 
+def _packets(capture: Capture) -> Iterator[tuple[bytes, int]]:
+    for index in range(len(capture)):
+        yield split_frame(capture.record(index))[:2]
+
+
 class Replay:
     """One run.
 
@@ -114,7 +119,7 @@ class Replay:
         self._tail_ns = None if config.tail_s is None else nanoseconds(config.tail_s)
         compare = config.compare
         if compare.own_sequence:
-            own = before_rewriter(split_frame(secondary.record(index))[:2] for index in range(len(secondary)))
+            own = before_rewriter(_packets(primary), _packets(secondary))
             compare = dataclasses.replace(compare, own_sequence=own is not False, before_rewriter=bool(own))
         self._comparator = Comparator(compare, 0.0)
         self._commit_ns: int | None = None  # when the checkpoint under way completes

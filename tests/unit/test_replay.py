@@ -127,6 +127,56 @@ def test_numbers_close_to_each_other_and_segments_out_of_order(
     assert result["checkpoints"] == [] and {packet["fate"] for packet in result["packets"]} == {"released"}
 
 
+CONTENT = b"0123456789"
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        [(8800, SYN | ACK, b""), (101, ACK, CONTENT)],
+        [(100, SYN | ACK, b""), (101, ACK, CONTENT)],
+        [(8800, SYN | ACK, b""), (100, SYN | ACK, b""), (101, ACK, CONTENT)],
+    ],
+    ids=["own", "mapped", "own, then mapped"],
+)
+def test_behind_the_rewriter_a_late_syn_has_the_pvms_number(
+    tmp_path: Path, theirs: list[tuple[int, int, bytes]]
+) -> None:
+    ours = [(100, SYN | ACK, b""), (101, ACK, CONTENT)]
+    other = [(5000, SYN | ACK, b""), (5001, ACK, CONTENT)]
+    for beside in ([(9900, SYN | ACK, b""), (5001, ACK, CONTENT)], other):
+        result = run(
+            tmp_path,
+            [
+                (at, tcp(seq, 50, *rest, port=port))
+                for port, packets in ((1, ours), (2, other))
+                for at, (seq, *rest) in enumerate(packets)
+            ],
+            [
+                (at + 5, tcp(seq, 50, *rest, port=port))
+                for port, packets in ((1, theirs), (2, beside))
+                for at, (seq, *rest) in enumerate(packets)
+            ],
+        )
+        assert result["checkpoints"] == []
+
+
+@pytest.mark.parametrize("isn", [100, 7000, 2**32 - 5])
+def test_before_the_rewriter_the_first_segment_may_be_missing(tmp_path: Path, isn: int) -> None:
+    ours = [
+        (0, tcp(3000, 50, SYN | ACK)),
+        (1, tcp(3001, 50, ACK, b"first")),
+        (2000, tcp(3006, 50, ACK, b"second")),
+    ]
+    theirs = [(0, tcp(isn, 50, SYN | ACK)), (2001, tcp(isn + 6, 50, ACK, b"second"))]
+    result = run(tmp_path, ours, theirs)
+    assert fates(result) == [("released", 0), ("flushed", 1001), ("released", 2001)]
+    # TCP fast open: data comes with the SYN
+    ours = [(0, tcp(3000, 50, SYN | ACK, b"first")), (1, tcp(3006, 50, ACK, b"second"))]
+    theirs = [(0, tcp(isn, 50, SYN | ACK, b"first")), (2, tcp(isn + 6, 50, ACK, b"second"))]
+    assert run(tmp_path, ours, theirs)["checkpoints"] == []
+
+
 @pytest.mark.parametrize("flags", [SYN, SYN | ACK])
 def test_a_checkpoint_within_a_handshake_of_which_the_capture_shows_both(tmp_path: Path, flags: int) -> None:
     """The SVM of the capture was no copy of the PVM when the replay takes its checkpoint: its own SYN comes behind it."""
