@@ -10,6 +10,7 @@ from packets import (
     ACK,
     FIN,
     HOLD,
+    IPV4,
     IPV6,
     RST,
     SYN,
@@ -441,6 +442,27 @@ def test_icmpv6_echo_and_errors():
     other = ipv6(6, tcp_body(1, 6), hops=63, label=9)
     bench.p(ipv6(58, b"\1\4\0\0\0\0\0\0" + quoted))
     assert bench.s(ipv6(58, b"\1\4\1\1\0\0\0\0" + other)) == ((1,), None)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("left", [40, 28, 0])
+def test_what_the_rewriter_maps_may_differ_in_a_quoted_segment(family, left):
+    def error(acknowledged, code=4, data=b"data"):
+        blocks = b"\1\1\5\x0a" + struct.pack(">II", acknowledged + 10, acknowledged + 20)
+        segment = tcp_body(1, acknowledged, ACK, data, options=blocks)
+        if family == 4:
+            return ipv4(1, bytes([3, code]) + bytes(6) + ipv4(6, segment)[: left or None])
+        quoted = ipv6(60, b"\6\0\1\4\0\0\0\0" + segment)
+        return ipv6(58, bytes([1, code]) + bytes(6) + quoted[: left + 28 if left else None])
+
+    ethertype = IPV4 if family == 4 else IPV6
+    bench = Bench(ethertype)
+    bench.p(error(5))
+    assert bench.s(error(99_005)) == ((1,), None)
+    bench.p(error(5))
+    assert bench.s(error(5, code=3)) == HOLD
+    if not left:
+        assert bench.s(error(5, data=b"date")) == HOLD
 
 
 @pytest.mark.parametrize(
