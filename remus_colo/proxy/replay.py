@@ -31,6 +31,7 @@ from remus_colo.proxy.comparator import (
     nanoseconds,
 )
 from remus_colo.proxy.pcap import Capture, Record
+from remus_colo.proxy.shown import Packet, carried, first_difference, whole
 from remus_colo.proxy.vantage import before_rewriter
 
 ETHERNET_BYTES = 14
@@ -246,44 +247,27 @@ def _explain_datagram(checkpoint: Checkpoint, primary: Capture, secondary: Captu
     """The first byte in which a datagram differs from the SVM's most similar one of its flow."""
     if checkpoint.waiting < 0:
         return
-    packet, ethertype, _ = split_frame(primary.record(checkpoint.waiting))
-    flow = describe(packet, ethertype)[1]
+    packet = _whole(primary, checkpoint.waiting)
+    flow, mine = describe(*packet)[1], carried(*packet)
     best: tuple[int, int, bytes] | None = None
     for index in range(checkpoint.seen - 1, max(-1, checkpoint.seen - 1 - NEAREST_OF), -1):
-        other, other_type, _ = split_frame(secondary.record(index))
-        if describe(other, other_type)[1] != flow:
+        other = _whole(secondary, index)
+        if describe(*other)[1] != flow:
             continue
-        same = first_difference(_payload(packet), _payload(other))
+        theirs = carried(*other)
+        same = first_difference(mine, theirs)
         if same is not None and (best is None or same > best[0]):
-            best = (same, index, other)
+            best = (same, index, theirs)
     if best is None:
-        print("  the SVM has sent nothing in that flow", file=out)
+        print("  the SVM has sent nothing else in that flow", file=out)
         return
-    at, index, other = best
-    mine, theirs = _payload(packet), _payload(other)
+    at, index, theirs = best
     print(f"  most similar: the SVM's packet {index}; first difference at byte {at} behind the IP header: "
           f"PVM {_byte(mine, at)}, SVM {_byte(theirs, at)}", file=out)  # fmt: skip
 
 
-def _payload(packet: bytes) -> bytes:
-    """Behind the IP header, checksums of the known protocols blanked; for showing, not for judging."""
-    if not packet:
-        return packet
-    start = (packet[0] & 15) * 4 if packet[0] >> 4 == 4 else 40
-    body = bytearray(packet[start:])
-    protocol = packet[9] if packet[0] >> 4 == 4 and len(packet) > 9 else packet[6] if len(packet) > 6 else 0
-    checksum = {1: 2, 58: 2, 17: 6}.get(protocol)
-    if checksum is not None and len(body) >= checksum + 2:
-        body[checksum : checksum + 2] = b"\0\0"
-    return bytes(body)
-
-
-def first_difference(one: bytes, other: bytes) -> int | None:
-    """Index of the first byte that is not the same in both, the end of the shorter one included; None if equal."""
-    if one == other:
-        return None
-    shorter = min(len(one), len(other))
-    return next((at for at in range(shorter) if one[at] != other[at]), shorter)
+def _whole(capture: Capture, index: int) -> Packet:
+    return whole(lambda at: split_frame(capture.record(at))[:2], len(capture), index)
 
 
 def _byte(content: bytes, at: int) -> str:

@@ -331,3 +331,37 @@ def test_explanations_name_the_first_differing_byte(tmp_path: Path) -> None:
     done = command(pcap(tmp_path / "t.pcap", [(0, udp(b"12:30:01 o'clock"))]), other, "--explain")
     assert "first difference at byte 15 behind the IP header: PVM 0x31 (1), SVM 0x32 (2)" in done.stderr
     json.loads(done.stdout)
+
+
+def fragments(body: bytes, ident: int) -> list[bytes]:
+    return [ipv4(17, body[:24], 0x2000, ident), ipv4(17, body[24:], 3, ident)]
+
+
+def tagged(frame: bytes) -> list[bytes]:
+    return [frame[:12] + b"\x81\0\0\5" + frame[12:]]
+
+
+def behind_options(body: bytes) -> list[bytes]:
+    options = bytes([17, 0, 1, 4, 0, 0, 0, 0])
+    head = struct.pack(">IHBB", 6 << 28, len(options + body), 60, 64) + bytes(31) + b"\1"
+    return [ETHERNET + b"\x86\xdd" + head + options + body]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda body: fragments(body, 1), lambda body: fragments(body, 2)[::-1]),
+        (lambda body: fragments(body, 1), lambda body: [ipv4(17, body)]),
+        (lambda body: tagged(ipv4(17, body)), lambda body: tagged(ipv4(17, body))),
+        (behind_options, behind_options),
+    ],
+    ids=["fragments", "fragments and a whole one", "VLAN", "IPv6 options"],
+)
+def test_explanations_look_behind_all_headers(tmp_path: Path, ours: Any, theirs: Any) -> None:
+    def body(content: bytes) -> bytes:
+        return struct.pack(">HHHH", 5353, 53, 8 + len(content), 0) + content
+
+    one = pcap(tmp_path / "p.pcap", [(0, frame) for frame in ours(body(b"a" * 20 + b"x" + b"a" * 19))])
+    other = pcap(tmp_path / "s.pcap", [(0, frame) for frame in theirs(body(b"a" * 20 + b"y" + b"a" * 19))])
+    done = command(one, other, "--explain")
+    assert "first difference at byte 28 behind the IP header: PVM 0x78 (x), SVM 0x79 (y)" in done.stderr
