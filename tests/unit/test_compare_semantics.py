@@ -385,6 +385,24 @@ def test_a_tag_that_the_kernel_took_out_is_the_same_tag():
     assert bench.s(b"\0\7\x08\0" + udp(b"x"), VLAN) == ((1,), None)
 
 
+def test_three_tags_one_of_which_the_kernel_may_have_taken_out():
+    bench = Bench()
+    inner = b"\0\7\x81\0\0\5\x08\0"
+    bench.p(inner + udp(b"x", ident=1), 0x88A8, vlan=0x101)
+    assert bench.s(inner + udp(b"x", ident=2), 0x88A8, vlan=0x201) == HOLD
+    assert bench.s(inner + udp(b"x", ident=2), 0x88A8) == HOLD
+    assert bench.s(b"\1\1\x88\xa8" + inner + udp(b"x", ident=2), 0x88A8) == ((1,), None)
+
+
+def test_more_tags_than_are_read_are_compared_whole_within_the_outermost():
+    bench = Bench()
+    inner = b"\0\7\x81\0\0\5\x81\0\0\6\x81\0\0\4\x08\0"
+    bench.p(inner + udp(b"x"), 0x88A8, vlan=2)
+    assert bench.s(inner + udp(b"x"), 0x88A8, vlan=3) == HOLD
+    assert bench.s(inner + udp(b"x"), 0x88A8, vlan=2) == ((1,), None)
+    assert bench.comparator.counters.malformed == 3
+
+
 # -- datagrams -------------------------------------------------------------------------------------------
 
 

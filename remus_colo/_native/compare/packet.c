@@ -422,7 +422,7 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
 {
     struct view whole = {frame->data, frame->size, 0}, untagged;
     uint16_t ethertype = frame->ethertype;
-    uint32_t vlan = frame->vlan & 0xfff;
+    uint64_t vlan = frame->vlan & 0xfff;
     enum verdict verdict;
 
     if (frame->wire_size > frame->size)
@@ -432,9 +432,10 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
     p->flags = p->prefixed = 0;
     p->lacks = 0;
     untagged = whole;
-    for (unsigned tags = 0; is_vlan(ethertype); tags++) {
-        if (tags == 2 || untagged.size < 4) {
+    for (unsigned tags = vlan != 0; is_vlan(ethertype); tags++) {
+        if (tags == VLANS_MAX || untagged.size < 4) {
             as_malformed(p, whole);
+            p->key.vlan = frame->vlan & 0xfff;
             return PACKET_COMPARED;
         }
         vlan = vlan << 12 | (get16(untagged.data) & 0xfffu); /* not the priority: it is like DSCP */
@@ -454,7 +455,8 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
     } else {
         return PACKET_PASSES;
     }
-    p->key.vlan = vlan;
+    p->key.vlan = (uint32_t)vlan & 0xffffff;
+    p->key.outer_vlan = (uint16_t)(vlan >> 24);
     return verdict;
 }
 
