@@ -36,6 +36,7 @@ from remus_colo.proxy.vantage import before_rewriter
 
 ETHERNET_BYTES = 14
 ETHERTYPE_IPV4 = 0x0800
+LONGER_THAN_ANY_S = 1e9
 # How many of the SVM's latest packets an explanation looks through for the one that was meant to be equal.
 NEAREST_OF = 1000
 
@@ -122,6 +123,8 @@ class Replay:
         if compare.own_sequence:
             own = before_rewriter(_packets(primary), _packets(secondary))
             compare = dataclasses.replace(compare, own_sequence=own is not False, before_rewriter=bool(own))
+            if own is not False:  # what a flow's SYNs have told of the SVM's numbers is not told again
+                compare = dataclasses.replace(compare, idle_flow_s=LONGER_THAN_ANY_S)
         self._comparator = Comparator(compare, 0.0)
         self._commit_ns: int | None = None  # when the checkpoint under way completes
         self._pending: CheckpointRequest | None = None  # asked for meanwhile, of the new epoch

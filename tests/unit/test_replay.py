@@ -177,6 +177,21 @@ def test_before_the_rewriter_the_first_segment_may_be_missing(tmp_path: Path, is
     assert run(tmp_path, ours, theirs)["checkpoints"] == []
 
 
+def test_before_the_rewriter_a_connection_may_have_been_idle(tmp_path: Path) -> None:
+    day_ms = 86_400_000
+
+    def side(isn: int, late_ms: int) -> list[tuple[float, bytes]]:
+        return [
+            (late_ms, tcp(isn, 50, SYN | ACK)),
+            (late_ms + 1, tcp(isn + 1, 50, ACK, b"first")),
+            (late_ms + day_ms, tcp(isn + 6, 60, ACK, b"second")),
+        ]
+
+    ours = [*side(3000, 0), (day_ms / 2, udp(b"alone"))]  # what time brings is looked for then
+    result = run(tmp_path, ours, side(880_000, 2))
+    assert [checkpoint["reason"] for checkpoint in result["checkpoints"]] == ["udp-timeout"]
+
+
 @pytest.mark.parametrize("flags", [SYN, SYN | ACK])
 def test_a_checkpoint_within_a_handshake_of_which_the_capture_shows_both(tmp_path: Path, flags: int) -> None:
     """The SVM of the capture was no copy of the PVM when the replay takes its checkpoint: its own SYN comes behind it."""
