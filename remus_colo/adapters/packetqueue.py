@@ -80,7 +80,7 @@ class QueueCounters:
     """
 
     received: int
-    truncated: int  # handed over, but shorter than its IP header says
+    truncated: int  # handed over cut off; the reference form judges by the length that the IP header says
     dropped_queue_full: int  # by the kernel: max_packets were held
     dropped_buffer_full: int  # by the kernel: our socket's buffer was full
     flushed: int  # verdicts that came too late: the kernel had dropped the packet (see PacketQueue)

@@ -13,6 +13,7 @@ agreed with it or its epoch was committed; the packets of a TCP flow leave in or
 from __future__ import annotations
 
 import enum
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -251,8 +252,13 @@ class Comparator:
     @property
     def next_deadline_s(self) -> float | None:
         """When :meth:`tick` has something to ask for next; None if not before another call."""
-        deadline_ns = self._lib.colo_deadline(self._colo)
-        return None if deadline_ns == self._lib.COLO_NEVER else deadline_ns / 1e9
+        deadline_ns: int = self._lib.colo_deadline(self._colo)
+        if deadline_ns == self._lib.COLO_NEVER:
+            return None
+        deadline_s = deadline_ns / 1e9
+        while nanoseconds(deadline_s) < deadline_ns:  # a tick at what is rounded down would come too early
+            deadline_s = math.nextafter(deadline_s, math.inf)
+        return deadline_s
 
     # -- checkpoints --------------------------------------------------------------------------------
 

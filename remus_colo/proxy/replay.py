@@ -31,10 +31,12 @@ from remus_colo.proxy.comparator import (
     nanoseconds,
 )
 from remus_colo.proxy.pcap import Capture, Record
+from remus_colo.proxy.shown import Packet, carried, first_difference, whole
 from remus_colo.proxy.vantage import before_rewriter
 
 ETHERNET_BYTES = 14
 ETHERTYPE_IPV4 = 0x0800
+LONGER_THAN_ANY_S = 1e9
 # How many of the SVM's latest packets an explanation looks through for the one that was meant to be equal.
 NEAREST_OF = 1000
 
@@ -100,6 +102,11 @@ def split_frame(record: Record) -> tuple[bytes, int, int]:
     return record.frame[ETHERNET_BYTES:], ethertype, record.wire_size - ETHERNET_BYTES
 
 
+def _packets(capture: Capture) -> Iterator[tuple[bytes, int]]:
+    for index in range(len(capture)):
+        yield split_frame(capture.record(index))[:2]
+
+
 class Replay:
     """One run.
 
@@ -114,8 +121,10 @@ class Replay:
         self._tail_ns = None if config.tail_s is None else nanoseconds(config.tail_s)
         compare = config.compare
         if compare.own_sequence:
-            own = before_rewriter(split_frame(secondary.record(index))[:2] for index in range(len(secondary)))
+            own = before_rewriter(_packets(primary), _packets(secondary))
             compare = dataclasses.replace(compare, own_sequence=own is not False, before_rewriter=bool(own))
+            if own is not False:  # what a flow's SYNs have told of the SVM's numbers is not told again
+                compare = dataclasses.replace(compare, idle_flow_s=LONGER_THAN_ANY_S)
         self._comparator = Comparator(compare, 0.0)
         self._commit_ns: int | None = None  # when the checkpoint under way completes
         self._pending: CheckpointRequest | None = None  # asked for meanwhile, of the new epoch
@@ -241,44 +250,27 @@ def _explain_datagram(checkpoint: Checkpoint, primary: Capture, secondary: Captu
     """The first byte in which a datagram differs from the SVM's most similar one of its flow."""
     if checkpoint.waiting < 0:
         return
-    packet, ethertype, _ = split_frame(primary.record(checkpoint.waiting))
-    flow = describe(packet, ethertype)[1]
+    packet = _whole(primary, checkpoint.waiting)
+    flow, mine = describe(*packet)[1], carried(*packet)
     best: tuple[int, int, bytes] | None = None
     for index in range(checkpoint.seen - 1, max(-1, checkpoint.seen - 1 - NEAREST_OF), -1):
-        other, other_type, _ = split_frame(secondary.record(index))
-        if describe(other, other_type)[1] != flow:
+        other = _whole(secondary, index)
+        if describe(*other)[1] != flow:
             continue
-        same = first_difference(_payload(packet), _payload(other))
+        theirs = carried(*other)
+        same = first_difference(mine, theirs)
         if same is not None and (best is None or same > best[0]):
-            best = (same, index, other)
+            best = (same, index, theirs)
     if best is None:
-        print("  the SVM has sent nothing in that flow", file=out)
+        print("  the SVM has sent nothing else in that flow", file=out)
         return
-    at, index, other = best
-    mine, theirs = _payload(packet), _payload(other)
+    at, index, theirs = best
     print(f"  most similar: the SVM's packet {index}; first difference at byte {at} behind the IP header: "
           f"PVM {_byte(mine, at)}, SVM {_byte(theirs, at)}", file=out)  # fmt: skip
 
 
-def _payload(packet: bytes) -> bytes:
-    """Behind the IP header, checksums of the known protocols blanked; for showing, not for judging."""
-    if not packet:
-        return packet
-    start = (packet[0] & 15) * 4 if packet[0] >> 4 == 4 else 40
-    body = bytearray(packet[start:])
-    protocol = packet[9] if packet[0] >> 4 == 4 and len(packet) > 9 else packet[6] if len(packet) > 6 else 0
-    checksum = {1: 2, 58: 2, 17: 6}.get(protocol)
-    if checksum is not None and len(body) >= checksum + 2:
-        body[checksum : checksum + 2] = b"\0\0"
-    return bytes(body)
-
-
-def first_difference(one: bytes, other: bytes) -> int | None:
-    """Index of the first byte that is not the same in both, the end of the shorter one included; None if equal."""
-    if one == other:
-        return None
-    shorter = min(len(one), len(other))
-    return next((at for at in range(shorter) if one[at] != other[at]), shorter)
+def _whole(capture: Capture, index: int) -> Packet:
+    return whole(lambda at: split_frame(capture.record(at))[:2], len(capture), index)
 
 
 def _byte(content: bytes, at: int) -> str:

@@ -29,6 +29,9 @@ from remus_colo.errors import HostError
 
 # A closed connection's last acknowledgements and FIN retransmissions still need the mapping.
 LINGER_S = 60.0
+# Hosts keep silent connections alive every two hours (RFC 1122, 4.2.3.6), Linux up to two minutes late; many say nothing at
+# all.  As long as Linux's connection tracking, and at the limit of flows those that were silent longest go.
+IDLE_S = 5 * 86400.0
 # Linux gives up a SYN after 127 s and a SYN-ACK after 63 s (tcp_syn_retries 6, tcp_synack_retries 5).
 HANDSHAKE_S = 180.0
 # How long a client's packet waits for an SVM that lags with its SYN-ACK.
@@ -45,7 +48,7 @@ class Rewriter:
     :ivar native: the ``struct rewriter *``, for compiled callers; valid as long as this object is.
     """
 
-    def __init__(self, idle_s: float = 7200.0, limit_flows: int = 65536) -> None:
+    def __init__(self, idle_s: float = IDLE_S, limit_flows: int = 65536) -> None:
         module = compare_module.load()
         self._lib, self._ffi = module.lib, module.ffi
         limits = self._ffi.new("struct rewrite_limits *")

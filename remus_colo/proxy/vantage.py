@@ -7,9 +7,9 @@ A connection that begins in the capture shows it: the stream begins one behind t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-FIN, SYN, RST = 1, 2, 4
+SYN, RST = 2, 4
 _TYPE_IPV4, _TYPE_IPV6, _VLAN_TYPES = 0x0800, 0x86DD, (0x8100, 0x88A8, 0x9100)
 _TCP = 6
 
@@ -34,28 +34,79 @@ def _tcp(packet: bytes, ethertype: int) -> tuple[bytes, int, int] | None:
     return addresses + packet[at : at + 4], int.from_bytes(packet[at + 4 : at + 8], "big"), packet[at + 13]
 
 
-def before_rewriter(packets: Iterable[tuple[bytes, int]]) -> bool | None:
-    """Whether the SVM's numbers in a capture are its own.
+class _Begun:
+    """A connection that begins in the SVM's capture.
 
-    :param packets: those of the SVM from the network header on, each with its ethertype.
-    :return: False if they are the PVM's, None if no connection begins in the capture.
+    :ivar begin: where its stream begins in the SVM's own numbers.
+    :ivar lowest: the lowest number seen in it, from there on.
     """
-    begins: dict[bytes, int] = {}  # of each flow's latest connection: where its own stream begins
-    lowest: dict[bytes, int] = {}  # the lowest number seen in it, from there on
-    found: list[int] = []
+
+    def __init__(self, begin: int) -> None:
+        self.begin = begin
+        self.lowest: int | None = None
+
+    def take(self, sequence: int, others: set[int]) -> None:
+        offset, following = _signed(sequence - self.begin), (sequence + 1) % 2**32
+        repeats_syn = following == self.begin or following in others  # as a keepalive does
+        if not repeats_syn or sequence == self.begin or sequence in others:
+            self.lowest = offset if self.lowest is None else min(offset, self.lowest)
+
+    def own(self, others: set[int]) -> bool | None:
+        """Whether it goes on in the SVM's numbers; None if there is no telling.
+
+        The first segments may be missing, so the nearest beginning in front of the lowest one counts.
+
+        :param others: where the PVM's streams begin in this flow.
+        """
+        if self.lowest is None or self.begin in others:
+            return None
+        if self.lowest == 0:
+            return True
+        theirs = [self.lowest - _signed(other - self.begin) for other in others]
+        behind = min((offset for offset in theirs if offset >= 0), default=2**32)
+        if behind == 2**32:
+            return None if self.lowest < 0 or not others else True
+        return 0 < self.lowest < behind
+
+
+def _signed(difference: int) -> int:
+    return (difference + 2**31) % 2**32 - 2**31
+
+
+def _segments(packets: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int, bool]]:
+    """Flow, sequence number, and whether it is a SYN, of all TCP segments but resets."""
     for packet, ethertype in packets:
         parsed = _tcp(packet, ethertype)
-        if parsed is None:
-            continue
-        flow, sequence, flags = parsed
-        if flags & (SYN | RST) == SYN:
-            begin = (sequence + 1) % 2**32
-            if begins.get(flow) != begin:
-                found.extend([lowest.pop(flow)] if flow in lowest else [])
-                begins[flow] = begin
-        elif flow in begins and not flags & RST:
-            offset = (sequence - begins[flow] + 2**31) % 2**32 - 2**31
-            if offset != -1:  # a keepalive repeats the last byte, which may be the SYN
-                lowest[flow] = min(offset, lowest.get(flow, offset))
-    found.extend(lowest.values())
-    return 0 in found if found else None
+        if parsed is not None and not parsed[2] & RST:
+            yield parsed[0], parsed[1], bool(parsed[2] & SYN)
+
+
+def before_rewriter(
+    primary: Iterable[tuple[bytes, int]], secondary: Iterable[tuple[bytes, int]]
+) -> bool | None:
+    """Whether the SVM's numbers in a capture are its own.
+
+    :param primary: packets of the PVM, from the network header on, each with its ethertype.
+    :param secondary: those of the SVM.
+    :return: False if they are the PVM's, None if that differs, or no connection begins in the capture that shows it.  One
+        whose SYN has the PVM's number already, as the rewriter gives it to a late one, does not.
+    """
+    begins: dict[bytes, set[int]] = {}  # the PVM's
+    for flow, sequence, syn in _segments(primary):
+        if syn:
+            begins.setdefault(flow, set()).add((sequence + 1) % 2**32)
+    latest: dict[bytes, _Begun] = {}
+    found: set[bool | None] = set()
+    for flow, sequence, syn in _segments(secondary):
+        others = begins.get(flow, set())
+        begun = latest.get(flow)
+        if not syn:
+            if begun is not None:
+                begun.take(sequence, others)
+        elif begun is None or begun.begin != (sequence + 1) % 2**32:
+            if begun is not None:
+                found.add(begun.own(others))
+            latest[flow] = _Begun((sequence + 1) % 2**32)
+    found.update(begun.own(begins.get(flow, set())) for flow, begun in latest.items())
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None

@@ -10,6 +10,7 @@ from packets import (
     ACK,
     FIN,
     HOLD,
+    IPV4,
     IPV6,
     RST,
     SYN,
@@ -261,6 +262,18 @@ def test_urgent_data_is_marked_by_both_or_differs():
         assert "only one side marks it as urgent" in bench.detail
 
 
+@pytest.mark.parametrize("pointer", [0, 1])
+def test_an_urgent_pointer_of_0_marks_the_first_byte(pointer):
+    for ours, theirs in ((URG, 0), (0, URG)):
+        bench = Bench().connect()
+        bench.p(tcp(101, 50, ACK | ours, b"abc", urgent=pointer if ours else 0))
+        differs = bench.s(tcp(101, 50, ACK | theirs, b"abc", urgent=pointer if theirs else 0))
+        assert differs == ((), Reason.TCP_PAYLOAD)
+    bench = Bench().connect()
+    bench.p(tcp(101, 50, ACK | URG, b"abc", urgent=pointer))
+    assert bench.s(tcp(101, 50, ACK | URG, b"abc", urgent=1 - pointer)) == ((2,), None)
+
+
 @pytest.mark.parametrize("late", ["pvm", "svm"])
 def test_many_urgent_marks_before_the_other_side_has_any(late):
     bench = Bench().connect()
@@ -372,6 +385,24 @@ def test_a_tag_that_the_kernel_took_out_is_the_same_tag():
     assert bench.s(b"\0\7\x08\0" + udp(b"x"), VLAN) == ((1,), None)
 
 
+def test_three_tags_one_of_which_the_kernel_may_have_taken_out():
+    bench = Bench()
+    inner = b"\0\7\x81\0\0\5\x08\0"
+    bench.p(inner + udp(b"x", ident=1), 0x88A8, vlan=0x101)
+    assert bench.s(inner + udp(b"x", ident=2), 0x88A8, vlan=0x201) == HOLD
+    assert bench.s(inner + udp(b"x", ident=2), 0x88A8) == HOLD
+    assert bench.s(b"\1\1\x88\xa8" + inner + udp(b"x", ident=2), 0x88A8) == ((1,), None)
+
+
+def test_more_tags_than_are_read_are_compared_whole_within_the_outermost():
+    bench = Bench()
+    inner = b"\0\7\x81\0\0\5\x81\0\0\6\x81\0\0\4\x08\0"
+    bench.p(inner + udp(b"x"), 0x88A8, vlan=2)
+    assert bench.s(inner + udp(b"x"), 0x88A8, vlan=3) == HOLD
+    assert bench.s(inner + udp(b"x"), 0x88A8, vlan=2) == ((1,), None)
+    assert bench.comparator.counters.malformed == 3
+
+
 # -- datagrams -------------------------------------------------------------------------------------------
 
 
@@ -429,6 +460,27 @@ def test_icmpv6_echo_and_errors():
     other = ipv6(6, tcp_body(1, 6), hops=63, label=9)
     bench.p(ipv6(58, b"\1\4\0\0\0\0\0\0" + quoted))
     assert bench.s(ipv6(58, b"\1\4\1\1\0\0\0\0" + other)) == ((1,), None)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("left", [40, 28, 0])
+def test_what_the_rewriter_maps_may_differ_in_a_quoted_segment(family, left):
+    def error(acknowledged, code=4, data=b"data"):
+        blocks = b"\1\1\5\x0a" + struct.pack(">II", acknowledged + 10, acknowledged + 20)
+        segment = tcp_body(1, acknowledged, ACK, data, options=blocks)
+        if family == 4:
+            return ipv4(1, bytes([3, code]) + bytes(6) + ipv4(6, segment)[: left or None])
+        quoted = ipv6(60, b"\6\0\1\4\0\0\0\0" + segment)
+        return ipv6(58, bytes([1, code]) + bytes(6) + quoted[: left + 28 if left else None])
+
+    ethertype = IPV4 if family == 4 else IPV6
+    bench = Bench(ethertype)
+    bench.p(error(5))
+    assert bench.s(error(99_005)) == ((1,), None)
+    bench.p(error(5))
+    assert bench.s(error(5, code=3)) == HOLD
+    if not left:
+        assert bench.s(error(5, data=b"date")) == HOLD
 
 
 @pytest.mark.parametrize(

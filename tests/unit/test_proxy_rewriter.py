@@ -482,6 +482,17 @@ def test_idle_flows_are_forgotten() -> None:
     assert rw.flows == 0
 
 
+def test_a_connection_that_only_keeps_itself_alive_stays(established: Rewriter) -> None:
+    established.stop_learning()
+    for hours in (3, 5, 40):  # RFC 1122, 4.2.3.6: no more often than every two hours
+        now_s = hours * 3600.0
+        established.expire(now_s)
+        assert established.from_guest(now_s, out(ACK, SVM_ISN)) == out(ACK, PVM_ISN)
+        assert established.to_guest(now_s, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1)) == to(
+            ACK, CLIENT_ISN + 1, SVM_ISN + 1
+        )
+
+
 # -- checkpoint and failover
 
 

@@ -127,6 +127,71 @@ def test_numbers_close_to_each_other_and_segments_out_of_order(
     assert result["checkpoints"] == [] and {packet["fate"] for packet in result["packets"]} == {"released"}
 
 
+CONTENT = b"0123456789"
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        [(8800, SYN | ACK, b""), (101, ACK, CONTENT)],
+        [(100, SYN | ACK, b""), (101, ACK, CONTENT)],
+        [(8800, SYN | ACK, b""), (100, SYN | ACK, b""), (101, ACK, CONTENT)],
+    ],
+    ids=["own", "mapped", "own, then mapped"],
+)
+def test_behind_the_rewriter_a_late_syn_has_the_pvms_number(
+    tmp_path: Path, theirs: list[tuple[int, int, bytes]]
+) -> None:
+    ours = [(100, SYN | ACK, b""), (101, ACK, CONTENT)]
+    other = [(5000, SYN | ACK, b""), (5001, ACK, CONTENT)]
+    for beside in ([(9900, SYN | ACK, b""), (5001, ACK, CONTENT)], other):
+        result = run(
+            tmp_path,
+            [
+                (at, tcp(seq, 50, *rest, port=port))
+                for port, packets in ((1, ours), (2, other))
+                for at, (seq, *rest) in enumerate(packets)
+            ],
+            [
+                (at + 5, tcp(seq, 50, *rest, port=port))
+                for port, packets in ((1, theirs), (2, beside))
+                for at, (seq, *rest) in enumerate(packets)
+            ],
+        )
+        assert result["checkpoints"] == []
+
+
+@pytest.mark.parametrize("isn", [100, 7000, 2**32 - 5])
+def test_before_the_rewriter_the_first_segment_may_be_missing(tmp_path: Path, isn: int) -> None:
+    ours = [
+        (0, tcp(3000, 50, SYN | ACK)),
+        (1, tcp(3001, 50, ACK, b"first")),
+        (2000, tcp(3006, 50, ACK, b"second")),
+    ]
+    theirs = [(0, tcp(isn, 50, SYN | ACK)), (2001, tcp(isn + 6, 50, ACK, b"second"))]
+    result = run(tmp_path, ours, theirs)
+    assert fates(result) == [("released", 0), ("flushed", 1001), ("released", 2001)]
+    # TCP fast open: data comes with the SYN
+    ours = [(0, tcp(3000, 50, SYN | ACK, b"first")), (1, tcp(3006, 50, ACK, b"second"))]
+    theirs = [(0, tcp(isn, 50, SYN | ACK, b"first")), (2, tcp(isn + 6, 50, ACK, b"second"))]
+    assert run(tmp_path, ours, theirs)["checkpoints"] == []
+
+
+def test_before_the_rewriter_a_connection_may_have_been_idle(tmp_path: Path) -> None:
+    day_ms = 86_400_000
+
+    def side(isn: int, late_ms: int) -> list[tuple[float, bytes]]:
+        return [
+            (late_ms, tcp(isn, 50, SYN | ACK)),
+            (late_ms + 1, tcp(isn + 1, 50, ACK, b"first")),
+            (late_ms + day_ms, tcp(isn + 6, 60, ACK, b"second")),
+        ]
+
+    ours = [*side(3000, 0), (day_ms / 2, udp(b"alone"))]  # what time brings is looked for then
+    result = run(tmp_path, ours, side(880_000, 2))
+    assert [checkpoint["reason"] for checkpoint in result["checkpoints"]] == ["udp-timeout"]
+
+
 @pytest.mark.parametrize("flags", [SYN, SYN | ACK])
 def test_a_checkpoint_within_a_handshake_of_which_the_capture_shows_both(tmp_path: Path, flags: int) -> None:
     """The SVM of the capture was no copy of the PVM when the replay takes its checkpoint: its own SYN comes behind it."""
@@ -176,6 +241,19 @@ def test_timeout_and_tail(tmp_path: Path) -> None:
     result = run(tmp_path, ours, theirs, "--compare-timeout", "200", "--tail", "200")
     assert fates(result) == [("flushed", 200.0)]
     assert result["checkpoints"] == [{"at_ms": 200.0, "reason": "udp-timeout"}]
+
+
+@pytest.mark.parametrize("later_s", [1_700_000_000, 2**32 - 1])
+def test_times_that_no_floating_point_number_has(tmp_path: Path, later_s: int) -> None:
+    def record(seconds: int, nanoseconds: int, frame: bytes) -> bytes:
+        return struct.pack("<IIII", seconds, nanoseconds, len(frame), len(frame)) + frame
+
+    one, other = tmp_path / "p.pcap", pcap(tmp_path / "s.pcap", [])
+    header = struct.pack("<IHHiIII", 0xA1B23C4D, 2, 4, 0, 0, 0xFFFF, 1)
+    for nanoseconds in range(123_456_789, 123_456_789 + 7 * 37, 37):
+        one.write_bytes(header + record(0, 0, ARP) + record(later_s, nanoseconds, udp(b"abc")))
+        result = json.loads(command(one, other, "--compare-timeout", "3.3").stdout)
+        assert [packet["fate"] for packet in result["packets"]] == ["released", "flushed"]
 
 
 def test_what_the_svm_alone_says_in_a_stream_ends_in_a_checkpoint(tmp_path: Path) -> None:
@@ -268,3 +346,37 @@ def test_explanations_name_the_first_differing_byte(tmp_path: Path) -> None:
     done = command(pcap(tmp_path / "t.pcap", [(0, udp(b"12:30:01 o'clock"))]), other, "--explain")
     assert "first difference at byte 15 behind the IP header: PVM 0x31 (1), SVM 0x32 (2)" in done.stderr
     json.loads(done.stdout)
+
+
+def fragments(body: bytes, ident: int) -> list[bytes]:
+    return [ipv4(17, body[:24], 0x2000, ident), ipv4(17, body[24:], 3, ident)]
+
+
+def tagged(frame: bytes) -> list[bytes]:
+    return [frame[:12] + b"\x81\0\0\5" + frame[12:]]
+
+
+def behind_options(body: bytes) -> list[bytes]:
+    options = bytes([17, 0, 1, 4, 0, 0, 0, 0])
+    head = struct.pack(">IHBB", 6 << 28, len(options + body), 60, 64) + bytes(31) + b"\1"
+    return [ETHERNET + b"\x86\xdd" + head + options + body]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda body: fragments(body, 1), lambda body: fragments(body, 2)[::-1]),
+        (lambda body: fragments(body, 1), lambda body: [ipv4(17, body)]),
+        (lambda body: tagged(ipv4(17, body)), lambda body: tagged(ipv4(17, body))),
+        (behind_options, behind_options),
+    ],
+    ids=["fragments", "fragments and a whole one", "VLAN", "IPv6 options"],
+)
+def test_explanations_look_behind_all_headers(tmp_path: Path, ours: Any, theirs: Any) -> None:
+    def body(content: bytes) -> bytes:
+        return struct.pack(">HHHH", 5353, 53, 8 + len(content), 0) + content
+
+    one = pcap(tmp_path / "p.pcap", [(0, frame) for frame in ours(body(b"a" * 20 + b"x" + b"a" * 19))])
+    other = pcap(tmp_path / "s.pcap", [(0, frame) for frame in theirs(body(b"a" * 20 + b"y" + b"a" * 19))])
+    done = command(one, other, "--explain")
+    assert "first difference at byte 28 behind the IP header: PVM 0x78 (x), SVM 0x79 (y)" in done.stderr

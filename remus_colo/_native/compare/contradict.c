@@ -32,15 +32,15 @@ void stream_note_urgent(struct conn *conn, int64_t *marks, int64_t mark)
     marks[0] = mark;
 }
 
-/* A segment with the urgent byte says so (RFC 9293, 3.8.5): when both have sent it, both must have marked it. */
+/* A segment with the urgent byte says so (RFC 9293, 3.8.5): when both have sent that byte, both must have marked it. */
 void stream_check_urgent(struct colo *c, struct state *s, const struct conn *conn, int64_t from)
 {
     for (int i = 0; i < URGENT_KEPT; i++) {
         int64_t mine = conn->primary_urgent[i], theirs = conn->secondary_urgent[i];
 
-        if (mine > from && mine <= conn->watermark && !noted(conn->secondary_urgent, mine))
+        if (mine >= from && mine < conn->watermark && !noted(conn->secondary_urgent, mine))
             stream_differ(c, s, conn, mine, DIFF_URGENT, 1, 0);
-        if (theirs > from && theirs <= conn->watermark && !noted(conn->primary_urgent, theirs))
+        if (theirs >= from && theirs < conn->watermark && !noted(conn->primary_urgent, theirs))
             stream_differ(c, s, conn, theirs, DIFF_URGENT, 0, 1);
     }
 }

@@ -114,14 +114,48 @@ static bool parse_udp(struct packet *p, struct view body)
 }
 
 /*
+ * Step over the extension headers in front of body.  Returns the header that is no such one; what body does not hold
+ * whole makes it NEXT_NONE with an empty body, *bad set.
+ */
+static uint8_t skip_extensions(uint8_t next, struct view *body, bool *bad)
+{
+    for (unsigned count = 0;; count++) {
+        uint32_t length;
+
+        switch (next) {
+        case NEXT_HOP_BY_HOP:
+        case NEXT_ROUTING:
+        case NEXT_DESTINATION:
+        case NEXT_MOBILITY:
+        case NEXT_HIP:
+        case NEXT_SHIM6:
+            break;
+        default:
+            return next;
+        }
+        if (count == EXTENSIONS_MAX || body->size < 8)
+            break;
+        length = ((uint32_t)body->data[1] + 1) * 8;
+        if (length > body->size)
+            break;
+        next = body->data[0];
+        *body = behind(*body, length);
+    }
+    *bad = true;
+    return NEXT_NONE;
+}
+
+/*
  * Blank what may differ in the header that an ICMP error quotes.  The quoted packet is the client's, as each VM got it:
- * DSCP/ECN, identification, TTL and checksum belong to its way here; in TCP the acknowledgement (and so the checksum)
- * lies in the sequence space of the VM that it was sent to, and the rewriter may not have mapped it.
+ * DSCP/ECN, identification, TTL and checksum belong to its way here; in TCP the acknowledgement and the SACK blocks (and
+ * so the checksum) lie in the sequence space of the VM that it was sent to, and the rewriter may not have mapped them.
  */
 static void mask_quoted(struct packet *p, struct view quoted)
 {
-    uint32_t inner = 0;
+    struct view body = {p->masked, 0, 0};
+    uint32_t inner = 0, header;
     uint8_t protocol = 0, *at = p->masked;
+    bool bad = false;
 
     if (quoted.size > QUOTED_MAX)
         return; /* is compared as it is */
@@ -139,8 +173,9 @@ static void mask_quoted(struct packet *p, struct view quoted)
         at[0] = 0x60;
         memset(at + 1, 0, 3);
         at[7] = 0;
-        inner = 40;
-        protocol = at[6];
+        body = (struct view){at + 40, quoted.size - 40, 0};
+        protocol = skip_extensions(at[6], &body, &bad);
+        inner = (uint32_t)(body.data - at);
     }
     if (inner < 20 || protocol != PROTO_TCP)
         return;
@@ -148,6 +183,13 @@ static void mask_quoted(struct packet *p, struct view quoted)
         memset(at + inner + 8, 0, 4);
     if (inner + 18 <= quoted.size)
         memset(at + inner + 16, 0, 2);
+    if (inner + 20 > quoted.size)
+        return;
+    header = (uint32_t)(at[inner + 12] >> 4) * 4;
+    if (header > quoted.size - inner)
+        header = quoted.size - inner;
+    if (header > 20)
+        memset(at + inner + 20, 0, header - 20);
 }
 
 static bool parse_icmp(struct packet *p, struct view body, bool v6)
@@ -287,38 +329,6 @@ malformed:
     return PACKET_COMPARED;
 }
 
-/*
- * Step over the extension headers in front of body.  Returns the header that is no such one; what body does not hold
- * whole makes it NEXT_NONE with an empty body, *bad set.
- */
-static uint8_t skip_extensions(uint8_t next, struct view *body, bool *bad)
-{
-    for (unsigned count = 0;; count++) {
-        uint32_t length;
-
-        switch (next) {
-        case NEXT_HOP_BY_HOP:
-        case NEXT_ROUTING:
-        case NEXT_DESTINATION:
-        case NEXT_MOBILITY:
-        case NEXT_HIP:
-        case NEXT_SHIM6:
-            break;
-        default:
-            return next;
-        }
-        if (count == EXTENSIONS_MAX || body->size < 8)
-            break;
-        length = ((uint32_t)body->data[1] + 1) * 8;
-        if (length > body->size)
-            break;
-        next = body->data[0];
-        *body = behind(*body, length);
-    }
-    *bad = true;
-    return NEXT_NONE;
-}
-
 static bool passes_ipv6(const uint8_t *header, uint8_t upper, struct view body)
 {
     if (header[24] == 0xff && header[25] == 0x02) /* RFC 4291, 2.7: assigned by IANA, link-local scope */
@@ -412,7 +422,7 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
 {
     struct view whole = {frame->data, frame->size, 0}, untagged;
     uint16_t ethertype = frame->ethertype;
-    uint32_t vlan = frame->vlan & 0xfff;
+    uint64_t vlan = frame->vlan & 0xfff;
     enum verdict verdict;
 
     if (frame->wire_size > frame->size)
@@ -422,9 +432,10 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
     p->flags = p->prefixed = 0;
     p->lacks = 0;
     untagged = whole;
-    for (unsigned tags = 0; is_vlan(ethertype); tags++) {
-        if (tags == 2 || untagged.size < 4) {
+    for (unsigned tags = vlan != 0; is_vlan(ethertype); tags++) {
+        if (tags == VLANS_MAX || untagged.size < 4) {
             as_malformed(p, whole);
+            p->key.vlan = frame->vlan & 0xfff;
             return PACKET_COMPARED;
         }
         vlan = vlan << 12 | (get16(untagged.data) & 0xfffu); /* not the priority: it is like DSCP */
@@ -444,7 +455,8 @@ enum verdict packet_parse(struct packet *p, const struct colo_frame *frame)
     } else {
         return PACKET_PASSES;
     }
-    p->key.vlan = vlan;
+    p->key.vlan = (uint32_t)vlan & 0xffffff;
+    p->key.outer_vlan = (uint16_t)(vlan >> 24);
     return verdict;
 }
 

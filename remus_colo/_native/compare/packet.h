@@ -19,6 +19,7 @@ enum { PROTO_ICMP = 1, PROTO_IGMP = 2, PROTO_TCP = 6, PROTO_UDP = 17, PROTO_ICMP
 
 enum kind { KIND_TCP, KIND_UDP, KIND_ICMP, KIND_OTHER };
 
+#define VLANS_MAX 3
 #define FRAMES 1     /* protocol of family 0: frames that are not IP, of the type in sport */
 #define QUERY_PORT 1 /* dport of ICMP flows by identifier, which is their sport */
 #define PREFIX_MAX 8
@@ -28,10 +29,10 @@ enum kind { KIND_TCP, KIND_UDP, KIND_ICMP, KIND_OTHER };
 struct flow_key {
     uint8_t source[16], destination[16]; /* IPv4 in the first four */
     uint16_t sport, dport;               /* as on the wire; of fragments: the identification */
-    uint32_t vlan;                       /* innermost VLAN id, those around it in the bits above */
+    uint32_t vlan;                       /* innermost VLAN id, the one around it in the bits above */
     uint8_t family;                      /* 4, 6, or 0 for what could not be parsed or is not IP */
     uint8_t protocol;
-    uint16_t zero;
+    uint16_t outer_vlan; /* around those two */
 };
 
 struct packet {

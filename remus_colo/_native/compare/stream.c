@@ -108,6 +108,15 @@ static void take(struct colo *c, struct state *s, struct conn *conn, bool primar
     advance(c, s, conn);
 }
 
+/*
+ * Where the urgent byte is, counted from the segment's sequence number.  The pointer leads behind it; 0 and 1 are one to
+ * receivers that take it so (Linux: tcp_input.c, tcp_check_urg()).
+ */
+static uint32_t urgent_byte(uint32_t pointer)
+{
+    return pointer ? pointer - 1 : 0;
+}
+
 /* What follows from new units of either side: FINs, urgent marks. */
 static void settle(struct colo *c, struct state *s, struct conn *conn, int64_t before)
 {
@@ -180,7 +189,7 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
             stream_differ(c, s, conn, data_end, DIFF_PRIMARY_FIN, 0, 0);
     }
     if (h->flags & TH_URG)
-        stream_note_urgent(conn, conn->primary_urgent, conn_unwrap(conn, h->seq) + h->urgent);
+        stream_note_urgent(conn, conn->primary_urgent, conn_unwrap(conn, h->seq) + urgent_byte(h->urgent));
     if (s->diverged)
         return;
     if (h->size && start + h->size > before) {
@@ -265,7 +274,7 @@ static void secondary_units(struct colo *c, struct state *s, struct conn *conn, 
     struct source source = {p->payload, p->size, NULL};
 
     if (p->flags & TH_URG)
-        stream_note_urgent(conn, conn->secondary_urgent, start + p->urgent);
+        stream_note_urgent(conn, conn->secondary_urgent, start + urgent_byte(p->urgent));
     if (p->flags & TH_FIN && (before == NOWHERE || fin_at >= before)) {
         if ((conn->secondary_fin != NOWHERE && conn->secondary_fin != fin_at) || runs_end(&conn->secondary) > fin_at) {
             stream_differ(c, s, conn, fin_at, DIFF_SECONDARY_FIN, 0, 0);

@@ -5,7 +5,6 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
-#include <linux/if_ether.h>
 #include <linux/netfilter/nfnetlink.h>
 #include <linux/netfilter/nfnetlink_queue.h>
 #include <linux/netlink.h>
@@ -16,16 +15,6 @@
 static uint16_t get_be16(const uint8_t *at)
 {
     return (uint16_t)(at[0] << 8 | at[1]);
-}
-
-/* What the IP header says the length is; 0 if it is no IP packet or says nothing. */
-static uint32_t ip_size(const struct colo_frame *frame)
-{
-    if (frame->ethertype == ETH_P_IP && frame->size >= 4)
-        return get_be16(frame->data + 2);
-    if (frame->ethertype == ETH_P_IPV6 && frame->size >= 6)
-        return 40u + get_be16(frame->data + 4);
-    return 0;
 }
 
 struct span {
@@ -119,9 +108,8 @@ int rq_parse(const uint8_t *message, size_t size, struct rq_packet *packet)
     }
     if (!has_header)
         return -EPROTO;
+    /* Not what the IP header claims: where that is more than there is, the packet is malformed, not cut off. */
     if (frame->wire_size < frame->size)
         frame->wire_size = frame->size;
-    if (frame->wire_size < ip_size(frame))
-        frame->wire_size = ip_size(frame);
     return 0;
 }
