@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
-from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import Frame, RawLink
-from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import RemusError
 from remus_colo.proxy.announce import AddressBook, parse_arp
-from remus_colo.session.lan import ETHERTYPE_ARP, ipv4_of, mac_bytes, uplinks
+from remus_colo.session.lan import ETHERTYPE_ARP, ipv4_of
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -24,23 +24,30 @@ LOOK_FRAMES = 32
 NEIGHBOURS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """IPv4 addresses of a vif's guest, and of others on its LAN."""
+
+    addresses: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+
+
 class AddressWatch:
     """One vif's. Belongs to the loop's thread."""
 
-    def __init__(self, loop: Loop, links: Links, vif: Vif, store: Store) -> None:
+    def __init__(self, loop: Loop, vif: Vif, mac: bytes, uplinks: Iterable[str]) -> None:
+        """:param mac: the guest's. :param uplinks: where the LAN is."""
         self._loop = loop
         self._vif = vif
-        mac = store.read(f"{vif.backend}/mac")
-        self._mac = mac_bytes(mac) if mac else b""
-        self._book = AddressBook(self._mac)
+        self._mac = mac
+        self._book = AddressBook(mac)
         self._neighbours: dict[str, None] = {}  # those that spoke last, oldest first
         self._arp: list[RawLink] = []
         self._look: RawLink | None = None
         self._looked = 0
         self._closed = False
-        bridge = links.master_of(vif.ifname) if links.exists(vif.ifname) else None
         try:
-            for port in uplinks(bridge) if bridge else []:
+            for port in uplinks:
                 raw = RawLink(port, bpf.ethertype(ETHERTYPE_ARP))
                 self._arp.append(raw)
                 loop.add_reader(raw, functools.partial(self._read_arp, raw))
@@ -48,12 +55,8 @@ class AddressWatch:
             log.info("%s", error)
         self._begin_look()
 
-    def fields(self) -> dict[str, list[str]]:
-        """What CHECKPOINT_BEGIN tells of it."""
-        return {
-            "addresses": [str(address) for address in ipv4_of(self._book)],
-            "neighbours": list(self._neighbours),
-        }
+    def known(self) -> Known:
+        return Known(tuple(str(address) for address in ipv4_of(self._book)), tuple(self._neighbours))
 
     def _begin_look(self) -> None:
         if self._closed:

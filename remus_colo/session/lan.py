@@ -7,14 +7,10 @@ import logging
 import os
 import select
 import time
-from collections.abc import Iterable
 from ipaddress import IPv4Address
 
 from remus_colo.adapters import bpf
-from remus_colo.adapters.backend import Vif
-from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
-from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import RemusError
 from remus_colo.failover.arbiter import LanProbe, Verdict
 from remus_colo.proxy import announce
@@ -46,76 +42,22 @@ def uplinks(bridge: str) -> list[str]:
     return [port for port in ports if not port.startswith(("vif", "tap"))]
 
 
-class LanWatch:
-    """On the primary: does another host speak with the MAC of the guest?
-
-    Only ARP is watched: a host that takes the guest over announces it so.
-    """
-
-    def __init__(self, links: Links, vifs: Iterable[Vif], store: Store) -> None:
-        self._links = links
-        self._vifs = list(vifs)
-        self._store = store
-        self._macs: set[bytes] = set()
-        self._raw: list[RawLink] = []
-        self._conflict = False
-        self._bridges: list[str] = []
-
-    def start(self) -> None:
-        for vif in self._vifs:
-            bridge = self._links.master_of(vif.ifname)
-            mac = self._store.read(f"{vif.backend}/mac")
-            if bridge is None or mac is None:
-                continue
-            self._macs.add(mac_bytes(mac))
-            for port in uplinks(bridge):
-                self._raw.append(RawLink(port, bpf.ethertype(ETHERTYPE_ARP)))
-
-    def conflict(self) -> bool:
-        """Whether a frame with the guest's MAC has come in from the LAN."""
-        for raw in self._raw:
-            try:
-                while (frame := raw.recv()) is not None:
-                    if frame.source_mac in self._macs:
-                        self._conflict = True
-            except RemusError as error:
-                log.debug("%s", error)
-        return self._conflict
-
-    def secondary_active(self, window_s: float) -> bool | None:
-        """Wait for signs of an active SVM. None if this host has no LAN to look at."""
-        if not self._raw:
-            return False if not self._vifs else None
-        deadline_s = time.monotonic() + window_s
-        while not self.conflict():
-            remaining_s = deadline_s - time.monotonic()
-            if remaining_s <= 0:
-                return False
-            select.select(self._raw, [], [], min(remaining_s, 0.2))
-        return True
-
-    def close(self) -> None:
-        for raw in self._raw:
-            raw.close()
-        self._raw = []
-
-
 def probe_guest(
-    bridge: str,
+    ifname: str,
     own_mac: bytes,
     guest_mac: bytes,
     guest_addresses: list[IPv4Address],
     client_addresses: list[IPv4Address],
     probe: LanProbe,
 ) -> Verdict:
-    """On the backup: does the guest still answer on the LAN?  Then its host is alive, and only the link is lost.
+    """Does the guest answer on the LAN, from another host?  Then that one is alive, and only the link to it is lost.
 
-    :param bridge: of the LAN; probes leave and answers come through it.
+    :param ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is at that, its uplink.
     :param own_mac: the bridge's.
     :param guest_addresses: IPv4 addresses that the guest has been seen to use.
     :param client_addresses: of others, whose answers prove that the LAN works.
     """
-    with RawLink(bridge, bpf.ethertype(ETHERTYPE_ARP)) as raw:
+    with RawLink(ifname, bpf.ethertype(ETHERTYPE_ARP)) as raw:
         next_s = 0.0
         peer_answers = lan_works = False
         lan_works = not client_addresses  # nobody is known who could prove it

@@ -26,8 +26,9 @@ from remus_colo.failover.primary import PrimaryEvent as E
 from remus_colo.failover.primary import PrimaryMachine, PrimaryState
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session.addresses import Known
 from remus_colo.session.fence import run_hook
-from remus_colo.session.lan import LanWatch
+from remus_colo.session.lan_watch import LanWatch
 from remus_colo.session.loop import Loop, Timer
 from remus_colo.session.parts import Engine, EventSink, Path, Terms
 from remus_colo.session.peer import Peer
@@ -97,7 +98,7 @@ class PrimarySession(abc.ABC):
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path: Path = self._make_path()
-        self._lan = LanWatch(self.path.links, engine.layout.vifs, store)
+        self._lan = LanWatch(loop, self.path.links, engine.layout.vifs, store)
         self._created = False
         self._peer_lost = False
         self._peer_failure: RemusError | None = None  # why the backup is gone, in its words or ours
@@ -310,6 +311,7 @@ class PrimarySession(abc.ABC):
     def _ask_arbiter(self) -> None:
         """Is the SVM active? It would answer for the guest's addresses from beyond this host."""
         self.event("arbitrating")
+        known = self._lan.known()
 
         def decided(active: bool | None, error: BaseException | None) -> None:
             if error is not None and not isinstance(error, RemusError):
@@ -319,14 +321,14 @@ class PrimarySession(abc.ABC):
             else:
                 self.handle(E.BACKUP_ACTIVE if active else E.BACKUP_INACTIVE)
 
-        self.loop.thread("arbiter", self._judge, decided)
+        self.loop.thread("arbiter", lambda: self._judge(known), decided)
 
-    def _judge(self) -> bool | None:
+    def _judge(self, known: dict[int, Known]) -> bool | None:
         """In a thread: is the SVM active? None if nobody can tell."""
         if self.config.fence:
             verdict = run_hook(self.config.fence, self.config.name, self.config.destination)
             return {Verdict.DEAD: False, Verdict.ALIVE: True}.get(verdict)
-        return self._lan.secondary_active(self.config.heartbeat.timeout_s)
+        return self._lan.secondary_active(self.config.heartbeat.timeout_s, known)
 
     # -- the guest -------------------------------------------------------------------------------------------
 

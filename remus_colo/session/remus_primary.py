@@ -30,7 +30,6 @@ from remus_colo.errors import PeerLost, RemusError, XenError
 from remus_colo.failover.primary import PrimaryEvent as E
 from remus_colo.failover.primary import PrimaryState
 from remus_colo.relocation.schema import MessageType
-from remus_colo.session.addresses import AddressWatch
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.primary import PrimarySession
@@ -120,21 +119,18 @@ def _has_dirty_log(guest: Guest) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class VifWatch:
+class VifEnd:
     vif: Vif
-    addresses: AddressWatch
 
 
-class WatchedPath:
+class DevicesPath:
     """The guest's vifs as the session's common part sees them; their output is the devices'."""
 
-    def __init__(self, loop: Loop, vifs: tuple[Vif, ...], store: Store) -> None:
+    def __init__(self, vifs: tuple[Vif, ...]) -> None:
         self.links = Links()
-        self.vifs = [VifWatch(vif, AddressWatch(loop, self.links, vif, store)) for vif in vifs]
+        self.vifs = [VifEnd(vif) for vif in vifs]
 
     def close(self) -> None:
-        for vif in self.vifs:
-            vif.addresses.close()
         self.links.close()
 
 
@@ -215,7 +211,7 @@ class RemusSession(PrimarySession):
     QUIET = True  # several a second
     config: RemusConfig
     engine: RemusEngine
-    path: WatchedPath
+    path: DevicesPath
 
     def __init__(
         self,
@@ -249,16 +245,16 @@ class RemusSession(PrimarySession):
     def _start_worker(self) -> None:
         self.guest_thread("checkpoints", self.worker.run, self._on_worker_ended)
 
-    def _make_path(self) -> WatchedPath:
-        return WatchedPath(self.loop, self.engine.layout.vifs, self.store)
+    def _make_path(self) -> DevicesPath:
+        return DevicesPath(self.engine.layout.vifs)
 
     def _describe(self) -> dict[str, Any]:
         """In the checkpoints' thread."""
-        known = {str(vif.vif.handle): vif.addresses.fields() for vif in self.path.vifs}
+        known = {str(handle): seen for handle, seen in self._lan.known().items()}
         return {
             "longest_pause_s": self.worker.stats.longest_pause_s,
-            "addresses": {handle: fields["addresses"] for handle, fields in known.items()},
-            "neighbours": {handle: fields["neighbours"] for handle, fields in known.items()},
+            "addresses": {handle: list(seen.addresses) for handle, seen in known.items()},
+            "neighbours": {handle: list(seen.neighbours) for handle, seen in known.items()},
         }
 
     # -- checkpoints ---------------------------------------------------------------------------------------

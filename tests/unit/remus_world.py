@@ -127,9 +127,7 @@ class RemusWorld(World):
         )  # fmt: skip
         self.engine.suspender = mock.Mock()  # type: ignore[attr-defined]
         self.engine.dirty_log = True  # type: ignore[attr-defined]
-        addresses = mock.Mock()
-        addresses.fields.return_value = {"addresses": [], "neighbours": []}
-        self.watched = mock.Mock(vifs=[mock.Mock(vif=VIF, addresses=addresses)])
+        self.watched = mock.Mock(vifs=[mock.Mock(vif=VIF)])
         self.watched.links.master_of.return_value = None
         return Session(
             self.watched,

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""On the primary: has another host taken the guest over?
+
+Such a host announces it by ARP, once.  A primary that was frozen then has missed that; so when it is in doubt it asks the LAN for the
+guest's addresses, past its own bridge, where its own copy would answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+
+from remus_colo.adapters import bpf
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.rawlink import RawLink
+from remus_colo.adapters.xenstore import Store
+from remus_colo.errors import RemusError
+from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.session.addresses import AddressWatch, Known
+from remus_colo.session.lan import ETHERTYPE_ARP, mac_bytes, probe_guest, uplinks
+from remus_colo.session.loop import Loop
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Uplink:
+    """Where the LAN of one vif is.
+
+    :ivar own_mac: the bridge's.
+    """
+
+    raw: RawLink
+    ifname: str
+    own_mac: bytes
+    guest_mac: bytes
+    handle: int
+
+
+class LanWatch:
+    """Belongs to the loop's thread, but for :meth:`secondary_active`.
+
+    :param vifs: the guest's.
+    """
+
+    def __init__(self, loop: Loop, links: Links, vifs: Iterable[Vif], store: Store) -> None:
+        self._loop = loop
+        self._links = links
+        self._vifs = list(vifs)
+        self._store = store
+        self._uplinks: list[Uplink] = []
+        self._conflict = False
+        self._addresses: dict[int, AddressWatch] = {}
+
+    def start(self) -> None:
+        """The vifs are where they are to be."""
+        for vif in self._vifs:
+            bridge = self._links.master_of(vif.ifname)
+            mac = self._store.read(f"{vif.backend}/mac")
+            if bridge is None or mac is None:
+                continue
+            self._addresses[vif.handle] = AddressWatch(self._loop, vif, mac_bytes(mac), uplinks(bridge))
+            own_mac = mac_bytes(self._links.mac(bridge))
+            for port in uplinks(bridge):
+                raw = RawLink(port, bpf.ethertype(ETHERTYPE_ARP))
+                self._uplinks.append(Uplink(raw, port, own_mac, mac_bytes(mac), vif.handle))
+
+    def known(self) -> dict[int, Known]:
+        """By vif handle."""
+        return {handle: watch.known() for handle, watch in self._addresses.items()}
+
+    def conflict(self) -> bool:
+        """Whether a frame with the guest's MAC has come in from the LAN."""
+        macs = {uplink.guest_mac for uplink in self._uplinks}
+        for uplink in self._uplinks:
+            try:
+                while (frame := uplink.raw.recv()) is not None:
+                    if frame.source_mac in macs:
+                        self._conflict = True
+            except RemusError as error:
+                log.debug("%s", error)
+        return self._conflict
+
+    def secondary_active(self, window_s: float, known: Mapping[int, Known]) -> bool | None:
+        """Ask the LAN for the guest; in any thread.
+
+        :param window_s: so long a silence means that it is nowhere else.
+        :param known: see :meth:`known`.
+        :return: None if nobody can tell: there is no LAN to look at, or it does not work.
+        """
+        if self.conflict():
+            return True
+        if not self._uplinks:
+            return False if not self._vifs else None
+        verdicts = []
+        for uplink in self._uplinks:
+            seen = known.get(uplink.handle, Known())
+            guest = [IPv4Address(address) for address in seen.addresses]
+            others = [IPv4Address(address) for address in seen.neighbours]
+            probe = LanProbe(window_s, window_s / 2)
+            verdicts.append(
+                probe_guest(uplink.ifname, uplink.own_mac, uplink.guest_mac, guest, others, probe)
+            )
+            if verdicts[-1] is Verdict.ALIVE:
+                return True
+        return True if self.conflict() else None if Verdict.UNKNOWN in verdicts else False
+
+    def close(self) -> None:
+        for watch in self._addresses.values():
+            watch.close()
+        for uplink in self._uplinks:
+            uplink.raw.close()
+        self._uplinks = []

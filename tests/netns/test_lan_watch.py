@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A primary in doubt asks the LAN whether the guest is there, too.  What the guest says here is no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+from unittest import mock
+
+import pytest
+from conftest import CLIENT_IP, GUEST_IP, Network, pending, run, wait_until
+
+from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
+from remus_colo.adapters.rawlink import RawLink
+from remus_colo.proxy import announce
+from remus_colo.session.addresses import Known
+from remus_colo.session.lan import mac_bytes
+from remus_colo.session.lan_watch import LanWatch
+from remus_colo.session.loop import Loop
+
+GUEST_MAC = "02:00:00:00:00:02"
+WINDOW_S = 0.4
+KNOWN = {0: Known((GUEST_IP,), (CLIENT_IP,))}
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def watch(net: Network, links: Links, loop: Loop) -> Iterator[LanWatch]:
+    made = LanWatch(loop, links, [Vif(7, 0)], mock.Mock(read=lambda path: GUEST_MAC))
+    with mock.patch(
+        "remus_colo.session.lan_watch.uplinks", lambda bridge: ["lan0"]
+    ):  # sysfs shows the machine's links
+        made.start()
+    yield made
+    made.close()
+
+
+def appear(net: Network, *, arp: bool = True) -> None:
+    """The guest's copy, on another host of the LAN: it announces nothing."""
+    with net.inside("client"):
+        run(
+            "ip",
+            "link",
+            "add",
+            "copy0",
+            "link",
+            "c0",
+            "address",
+            GUEST_MAC,
+            "type",
+            "macvlan",
+            "mode",
+            "bridge",
+        )
+        run("ip", "addr", "add", f"{GUEST_IP}/32", "dev", "copy0")
+        for ifname, wanted in (("copy0", "1" if arp else "8"), ("c0", "1")):
+            with open(f"/proc/sys/net/ipv4/conf/{ifname}/arp_ignore", "w") as file:
+                file.write(wanted)
+        run("ip", "link", "set", "copy0", "up")
+
+
+def test_the_guest_is_nowhere_else(watch: LanWatch) -> None:
+    assert watch.secondary_active(WINDOW_S, KNOWN) is False
+
+
+def test_the_guest_is_elsewhere_and_was_not_heard_to_say_so(net: Network, watch: LanWatch) -> None:
+    appear(net)
+    assert watch.secondary_active(WINDOW_S, KNOWN) is True
+
+
+def test_an_announcement_is_enough(net: Network, watch: LanWatch) -> None:
+    appear(net, arp=False)
+    with net.inside("client"), RawLink("copy0") as raw:
+        for frame in announce.announcements(mac_bytes(GUEST_MAC), [IPv4Address(GUEST_IP)]):
+            raw.send(frame)
+    wait_until(watch.conflict, "the announcement")
+    assert watch.secondary_active(WINDOW_S, {}) is True
+
+
+def test_a_lan_that_does_not_work_says_nothing(net: Network, watch: LanWatch) -> None:
+    with net.inside("client"):
+        run("ip", "link", "set", "c0", "down")
+    assert watch.secondary_active(WINDOW_S, KNOWN) is None
+
+
+def test_addresses_are_learnt_from_what_is_said(net: Network, watch: LanWatch, loop: Loop) -> None:
+    guest, client = net.socket("guest"), net.socket("client")
+    guest.bind((GUEST_IP, 7013))
+    client.bind((CLIENT_IP, 7013))
+    guest.sendto(b"here I am", (CLIENT_IP, 7013))
+    wait_until(lambda: pending(client), "the datagram")
+    loop.call_later(0.2, loop.stop)
+    loop.run()
+    assert watch.known()[0].addresses == (GUEST_IP,)
