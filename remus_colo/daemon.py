@@ -19,7 +19,7 @@ from remus_colo.errors import ExitStatus
 from remus_colo.options import check_hook
 from remus_colo.relocation import listen, tls
 from remus_colo.relocation.channel import Channel
-from remus_colo.relocation.handshake import COLO
+from remus_colo.relocation.handshake import COLO, RECEIVE, SSL_RECEIVE
 from remus_colo.relocation.pairing import Pairing
 from remus_colo.relocation.server import Server
 from remus_colo.relocation.wire import Message
@@ -28,6 +28,7 @@ from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.colo_backup import ColoBackupSession
 from remus_colo.session.creation import Creation, RemusCreation
 from remus_colo.session.loop import Loop
+from remus_colo.session.migration import Migrations
 from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_backup import RemusBackupSession
 from remus_colo.session.remus_sender import MODE as REMUS_MODE
@@ -71,9 +72,14 @@ class Daemon:
         self._pairing = Pairing(
             self._clock.now_ns, self._serve, settable_clock=xenctrl.system_time(0) is not None
         )
+        self._migrations = Migrations(self._log.event)
         self._server = Server(
             open_ports(options),
-            {COLO: self._pairing.handle},
+            {
+                COLO: self._pairing.handle,
+                RECEIVE: self._migrations.handle,
+                SSL_RECEIVE: self._migrations.handle_encrypted,
+            },
             allows=options.allows,
             half_open_limit=options.half_open_limit,
             event=self._log.event,
@@ -101,6 +107,7 @@ class Daemon:
             self._stopping = True
             sessions = list(self._sessions.values())
         self._pairing.stop()
+        self._migrations.stop()
         for session in sessions:
             session.shut_down()
         if not self._server.close():

@@ -138,6 +138,11 @@ class Restorer:
                 return int(domid)
         raise XenError(f"xl restore ended well, but there is no domain {self._name}", operation="xl restore")
 
+    @property
+    def made(self) -> bool:
+        """xl has ended, and well: there is a domain."""
+        return self._process.returncode == 0
+
     def abort(self) -> None:
         """End xl, whatever it is doing; libxl destroys the half-made domain."""
         self._close_pipe()

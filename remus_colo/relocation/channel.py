@@ -168,6 +168,10 @@ class Channel:
         self._send_all([handshake.ready_line(operation)], deadline_s)
         return operation
 
+    @property
+    def encrypted(self) -> bool:
+        return isinstance(self._sock, tls.TlsSocket)
+
     def read_line(self, deadline_s: float) -> bytes:
         """One line of text, without what follows it; only before the first frame.
 
@@ -186,6 +190,19 @@ class Channel:
                 limit = handshake.LINE_LIMIT_BYTES
                 raise FramingError(f"expected a line of at most {limit} bytes from {self.peer}")
         return bytes(line)
+
+    def read(self, size: int, deadline_s: float) -> bytes:
+        """Bytes that are no frames, in an operation that has none: at most so many, none at the end.
+
+        :raise PeerLost: none came before the deadline, or the connection is lost.
+        """
+        buffer = bytearray(size)
+        count = self._call_when(select.POLLIN, deadline_s, partial(self._sock.recv_into, memoryview(buffer)))
+        if count is None:
+            raise PeerLost(f"{self.peer} sent nothing in time")
+        if not count and self._closed:
+            raise PeerLost("our own side closed the connection")
+        return bytes(memoryview(buffer)[:count])
 
     # -- sending ---------------------------------------------------------------------------------
 

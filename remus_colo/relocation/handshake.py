@@ -14,9 +14,11 @@ from remus_colo import sxp
 from remus_colo.errors import FramingError, PeerError
 
 COLO = "colo"
+# xend's: a domain comes, as xen.xend.XendCheckpoint.save sends it, and lives here.
+RECEIVE, SSL_RECEIVE = "receive", "sslreceive"
 LINE_LIMIT_BYTES = 512
 # What a host of Xen 4.4 or before asks for (tools/python/xen/xend/server/relocate.py).
-XEND_OPERATIONS = frozenset({"receive", "sslreceive", "help", "quit"})
+XEND_OPERATIONS = frozenset({RECEIVE, SSL_RECEIVE, "help", "quit"})
 # It reads so much of the answer, without looking at it, and what comes after when its sending has failed
 # (domain_migrate in XendDomain.py).
 XEND_ANSWER_BYTES = 80
@@ -32,7 +34,9 @@ def request_line(operation: str = COLO) -> bytes:
 
 
 def ready_line(operation: str = COLO) -> bytes:
-    return f"ready {operation}\n".encode("ascii")
+    """In the asker's own language."""
+    text = sxp.to_string(["ready", operation]) if operation in XEND_OPERATIONS else f"ready {operation}"
+    return f"{text}\n".encode("ascii")
 
 
 def error_line(reason: str) -> bytes:

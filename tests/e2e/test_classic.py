@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from remus_colo.errors import ExitStatus
 from remus_colo.testbed import scenario_trial
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.remote_process import RemoteProcess
@@ -22,6 +23,7 @@ from remus_colo.testbed.scenario_trial import Plan
 SCRIPT = Path(__file__).parent / "classic_script.py"
 CONTROL_SCRIPT = Path(__file__).parent / "classic_control.py"
 SAVE_SCRIPT = Path(__file__).parent / "classic_save.py"
+MOVE_SCRIPT = Path(__file__).parent / "classic_move.py"
 AFTERWARDS_S = 15.0
 # A PV guest is copied whole at each checkpoint, which takes emulated hosts seconds.
 PV_AFTERWARDS_S = 40.0
@@ -92,6 +94,20 @@ def test_saving_and_restoring_as_xend_did(protection: Protection) -> None:
     protection.bed.push("primary", SAVE_SCRIPT, "/root/classic_save.py")
     protection.bed.exec("primary", f"python3 /root/classic_save.py {GUEST} /root/web.save", SCRIPT_TIMEOUT_S)
     protection.http_get("/1k")
+
+
+def test_moving_as_xend_did(protection: Protection) -> None:
+    protection.ensure_guest()
+    daemon = protection.start_daemon()
+    load = protection.start_load(30, **LOAD)
+    protection.bed.push("primary", MOVE_SCRIPT, "/root/classic_move.py")
+    protection.bed.exec("primary", f"python3 /root/classic_move.py {GUEST} backup", SCRIPT_TIMEOUT_S)
+    daemon.wait_event("received", SCRIPT_TIMEOUT_S)
+    assert scenario_trial.client_faults(load.result()) == []
+    assert protection.domains("primary") == {}
+    assert protection.domains("backup").keys() == {GUEST}
+    assert daemon.stop() == ExitStatus.OK
+    assert protection.leftovers("backup") == []
 
 
 def test_ending_it_leaves_the_guest_as_it_was(protection: Protection) -> None:

@@ -288,6 +288,7 @@ def test_opening_lines() -> None:
     assert handshake.request_line() == b"colo\n"
     assert handshake.parse_request(b"colo\n") == handshake.parse_request(b"(colo)\r\n") == "colo"
     assert handshake.ready_line() == b"ready colo\n"
+    assert handshake.ready_line("receive") == b"(ready receive)\n"
     handshake.check_reply(handshake.ready_line())
     handshake.check_reply(b"(ready colo)\n")
 

@@ -7,7 +7,6 @@ The file has xend's header, and behind it what ``xl save`` writes.
 from __future__ import annotations
 
 import os
-import struct
 from typing import Any
 
 from xen.remus import image, vm
@@ -17,18 +16,15 @@ from xen.xend.XendError import VmError, XendError
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint import birth
+from remus_colo.checkpoint import birth, incoming
 from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.suspend import Suspender
-from remus_colo.errors import DomainError, RemusError
+from remus_colo.errors import RemusError
 
 __all__ = ["COLO_SIGNATURE", "SIGNATURE", "read_exact", "restore", "save", "write_exact"]
 
 SIGNATURE = image.SIGNATURE
 COLO_SIGNATURE = image.COLO_SIGNATURE
-LENGTH = struct.Struct("!i")
-CONFIG_LIMIT_BYTES = 1 << 20
-PIECE_BYTES = 1 << 20
 
 
 def write_exact(fd: int, buf: bytes, errmsg: str) -> None:
@@ -130,34 +126,12 @@ def restore(
     """
     if colo:
         return _restore_colo(colo)
-    signature = read_exact(fd, len(SIGNATURE), "not a valid guest state file: signature read")
-    if signature == COLO_SIGNATURE.encode():
-        raise XendError("this is a COLO stream: send it to remusd, which runs the second copy of the guest")
-    if signature != SIGNATURE.encode():
-        raise XendError(f"not a valid guest state file: found {signature!r}")
-    (length,) = LENGTH.unpack(read_exact(fd, LENGTH.size, "not a valid guest state file: config size read"))
-    if not 0 < length <= CONFIG_LIMIT_BYTES:
-        raise XendError(f"not a valid guest state file: a configuration of {length} bytes")
     try:
-        name = str(
-            image.parseheader(read_exact(fd, length, "not a valid guest state file: config read"))["name"]
-        )
-    except (image.VMParseException, KeyError) as error:
-        raise XendError("not a valid guest state file: config parse") from error
-    _refuse_existing(name)
-    try:
-        with Store() as store:
-            restorer = birth.Restorer(name)
-            try:
-                while piece := os.read(fd, PIECE_BYTES):
-                    restorer.feed(piece)
-                domid = restorer.finish(store)
-            except BaseException:
-                restorer.abort()
-                raise
-            if not paused:
-                with Guest(domid, writable=False) as guest:
-                    guest.unpause()
+        name = incoming.read_name(lambda size: os.read(fd, size))
+        incoming.check_free(name)
+        domid = incoming.restore(lambda size: os.read(fd, size), name, paused=paused)
+    except incoming.NameTaken as error:
+        raise VmError(str(error)) from error
     except RemusError as error:
         raise XendError(str(error)) from error
     return vm.VM(domid)
@@ -173,15 +147,3 @@ def _restore_colo(session: Any) -> vm.VM:
     if session.domid is None:
         raise XendError("the protection has ended, and the guest goes on elsewhere")
     return vm.VM(session.domid)
-
-
-def _refuse_existing(name: str) -> None:
-    if name.isdecimal():
-        return  # which xl takes for a domid
-    try:
-        domid = toolstack.find_domain(name)
-    except DomainError:
-        return
-    except RemusError as error:
-        raise XendError(str(error)) from error
-    raise VmError(f"Domain '{name}' already exists with ID '{domid}'")

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A domain that was saved as xend did it comes in: its header, then what ``xl save`` writes, and it runs here."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+
+from remus_colo import dominfo, sxp
+from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenctrl import Guest
+from remus_colo.adapters.xenstore import Store
+from remus_colo.checkpoint import birth
+from remus_colo.errors import ConfigError, DomainError, FramingError
+from remus_colo.options import check_word
+
+# Of Xen 4.4's tools/python/xen/xend/XendCheckpoint.py; a COLO stream has another, as long.
+SIGNATURE = b"LinuxGuestRecord"
+COLO_SIGNATURE = b"LinuxColoRecord2"
+LENGTH = struct.Struct("!i")
+CONFIG_LIMIT_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20
+
+_INVALID = "not a valid guest state file"
+
+Read = Callable[[int], bytes]
+"""At most so many bytes; none at the end."""
+
+
+class NameTaken(DomainError):
+    """A domain of that name is here already."""
+
+
+def read_name(read: Read) -> str:
+    """The domain's name, from the header.
+
+    :raise FramingError: it is no header.
+    """
+    signature = _exactly(read, len(SIGNATURE), "signature read")
+    if signature == COLO_SIGNATURE:
+        raise FramingError(
+            "this is a COLO stream: send it to remusd, which runs the second copy of the guest"
+        )
+    if signature != SIGNATURE:
+        raise FramingError(f"{_INVALID}: found {signature!r}")
+    (length,) = LENGTH.unpack(_exactly(read, LENGTH.size, "config size read"))
+    if not 0 < length <= CONFIG_LIMIT_BYTES:
+        raise FramingError(f"{_INVALID}: a configuration of {length} bytes")
+    text = _exactly(read, length, "config read")
+    try:
+        description = sxp.from_string(text)
+        if not isinstance(description, list):
+            raise TypeError(f"it is {description!r}")
+        name = str(dominfo.parse(description)["name"])
+        check_word("the domain", name)
+    except (ConfigError, IndexError, KeyError, TypeError) as error:
+        raise FramingError(f"{_INVALID}: config parse") from error
+    return name
+
+
+def check_free(name: str) -> None:
+    """:raise NameTaken: here is a domain of that name, or the copy of one, which would take it.
+    :raise DomainError: it cannot be a name here.
+    """
+    if name.isdecimal():
+        raise DomainError(f"{name!r} is no name of a domain: xl takes it for a domid")
+    for taken in (name, birth.secondary_name(name)):
+        try:
+            domid = toolstack.find_domain(taken)
+        except DomainError:
+            continue
+        raise NameTaken(f"Domain '{taken}' already exists with ID '{domid}'")
+
+
+def restore(read: Read, name: str, *, paused: bool = False) -> int:
+    """Make the domain of what follows the header, up to the end. Returns its domid.
+
+    :param paused: it is not to run yet.
+    :raise XenError: it could not be made; what ``read`` raised is raised as it is.  Nothing is left of it then.
+    """
+    with Store() as store:
+        restorer = birth.Restorer(name)
+        try:
+            while piece := read(PIECE_BYTES):
+                restorer.feed(piece)
+            domid = restorer.finish(store)
+            if not paused:
+                with Guest(domid, writable=False) as guest:
+                    guest.unpause()
+        except BaseException:
+            restorer.abort()
+            if restorer.made:
+                toolstack.destroy(toolstack.find_domain(name))
+            raise
+        return domid
+
+
+def _exactly(read: Read, size: int, what: str) -> bytes:
+    found = b""
+    while len(found) < size:
+        piece = read(size - len(found))
+        if not piece:
+            raise FramingError(f"{_INVALID}: {what}")
+        found += piece
+    return found
