@@ -103,6 +103,7 @@ class PrimarySession(abc.ABC):
         self._peer_lost = False
         self._peer_failure: RemusError | None = None  # why the backup is gone, in its words or ours
         self._stop_deadline: Timer | None = None
+        self._doubt_told = False
         self._guest_at_rest = threading.Event()  # no thread is about to suspend or resume the guest
         self._guest_at_rest.set()
         self._actions: dict[A, Callable[[], None]] = {
@@ -317,11 +318,25 @@ class PrimarySession(abc.ABC):
             if error is not None and not isinstance(error, RemusError):
                 raise error
             if error is not None or active is None:
+                self._tell_doubt()
                 self.loop.call_later(ARBITER_INTERVAL_S, lambda: self.handle(E.BACKUP_UNKNOWN))
             else:
                 self.handle(E.BACKUP_ACTIVE if active else E.BACKUP_INACTIVE)
 
         self.loop.thread("arbiter", lambda: self._judge(known), decided)
+
+    def _tell_doubt(self) -> None:
+        """Once: it may last, and nothing else shows why the guest does not answer."""
+        if self._doubt_told:
+            return
+        self._doubt_told = True
+        name, there = self.config.name, self.config.destination
+        log.warning(
+            "nobody can tell whether %s has taken %s over: what %s says is held until that is known. "
+            "If `xl list` there shows %s, destroy it here; if that host is dead, kill this remus (SIGKILL) and run "
+            "python3 -m remus_colo.recover %s",
+            there, name, name, name, name,
+        )  # fmt: skip
 
     def _judge(self, known: dict[int, Known]) -> bool | None:
         """In a thread: is the SVM active? None if nobody can tell."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from primary_world import World
 
@@ -143,6 +145,25 @@ def test_a_bug_while_nobody_knows_who_is_active_releases_nothing() -> None:
     assert world.path.dropped is True
     assert "release_all" not in world.steps
     world.assert_clean()
+
+
+def test_a_doubt_that_lasts_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(fence=("/bin/sh", "-c", "exit 7"))  # no verdict
+    handle, unknown = world.session.handle, itertools.count(1)
+
+    def count(event: PrimaryEvent, reason: str = "") -> None:
+        if event is PrimaryEvent.BACKUP_UNKNOWN and next(unknown) == 3:
+            world.engine.guest.gone = True  # which ends it
+            world.loop.call(world.session.guest_alive)
+        handle(event, reason)
+
+    monkeypatch.setattr(world.session, "handle", count)
+    monkeypatch.setattr("remus_colo.session.primary.ARBITER_INTERVAL_S", 0.01)
+    world.on_event["protected"] = world.backup.leave
+    world.run()
+    assert ["nobody can tell" in record.message for record in caplog.records].count(True) == 1
 
 
 @pytest.mark.parametrize("mode", MODES)
