@@ -83,7 +83,7 @@ def default_path() -> Path:
 def load(path: Path | None = None) -> Configuration:
     """Read a file.
 
-    :param path: that must be there; None: the one that xend would have read, if there is one.
+    :param path: that must be there; None: the one that xend would have read, if there is one, or the one that XEND_CONFIG names.
     :raise ConfigError: it cannot be read, is no sequence of S-expressions, or has a value that is not allowed.
     """
     source = default_path() if path is None else path
@@ -91,9 +91,10 @@ def load(path: Path | None = None) -> Configuration:
         with open(source, "rb") as file:
             text = file.read(LIMIT_BYTES + 1)
     except FileNotFoundError:
-        if path is None:
+        if path is None and not os.environ.get(ENVIRONMENT):
             return Configuration()
-        raise ConfigError(f"there is no configuration file {source}") from None
+        named = f": {ENVIRONMENT} names it" if path is None else ""
+        raise ConfigError(f"there is no configuration file {source}{named}") from None
     except OSError as error:
         raise ConfigError(f"cannot read the configuration file {source}: {error.strerror}") from error
     if len(text) > LIMIT_BYTES:

@@ -174,7 +174,7 @@ def build_parser() -> Parser:
     network.add_argument(
         "--plain",
         action=argparse.BooleanOptionalAction,
-        help="serve the relocation port, or do not (default: unless --ssl)",
+        help="serve the relocation port, or do not (default: if --port, or no --ssl)",
     )
 
     failover = parser.add_argument_group("failover")
@@ -239,10 +239,13 @@ def parse(argv: Sequence[str]) -> DaemonOptions:
     """
     parser = build_parser()
     # first for --config, and so that nothing is read for a command line that is wrong, or wants --help
-    config = load_config(parser.parse_args(argv).config)
+    typed = parser.parse_args(argv)
+    config = load_config(typed.config)
     parser.set_defaults(**from_file(config))
     given = parser.parse_args(argv)
-    if given.plain is None and "xend-relocation-server" in config.xend:
+    if given.plain is None and typed.port is not None:
+        given.plain = True
+    elif given.plain is None and "xend-relocation-server" in config.xend:
         given.plain = config["xend-relocation-server"]
     elif given.plain is None:
         # xend's default was no: who asks for TLS means that port alone

@@ -323,8 +323,10 @@ class JsonStatus(PlainStatus):
         self._stream.write(json.dumps({"message": text}) + "\n")
 
 
-def open_status(stream: TextIO, *, as_json: bool = False) -> Status:
-    """The form of status that suits ``stream``."""
+def open_status(stream: TextIO | None, *, as_json: bool = False) -> Status:
+    """The form of status that suits ``stream``; None: it was closed when we began."""
+    if stream is None:
+        stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if as_json:
         return JsonStatus(stream)
     return TerminalStatus(stream) if stream.isatty() else PlainStatus(stream)

@@ -12,4 +12,5 @@ from remus_colo import config
 
 @pytest.fixture(autouse=True)
 def no_configuration_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(config.ENVIRONMENT, str(tmp_path / "no-such-file.sxp"))
+    monkeypatch.delenv(config.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(config, "DEFAULT_PATH", str(tmp_path / "no-such-file.sxp"))

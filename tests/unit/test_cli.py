@@ -315,6 +315,14 @@ def test_daemon_defaults() -> None:
     )
 
 
+def test_daemon_a_port_that_is_named_is_served(tmp_path: Path) -> None:
+    (tmp_path / "config.sxp").write_text("(xend-relocation-server no)")
+    given = ["--config", str(tmp_path / "config.sxp")]
+    with pytest.raises(ConfigError, match="nothing to listen at"):
+        daemon_options.parse(given)
+    assert daemon_options.parse([*given, "-p", "9000"]).port == 9000
+
+
 def test_daemon_everything_given() -> None:
     line = "-a 10.7.0.2 -p 9000 --bridge xenbr0 --unknown-primary take-over -f --pid-file /p --log /l -v"
     options = daemon_options.parse(

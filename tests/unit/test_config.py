@@ -54,8 +54,11 @@ def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
 def test_the_environment_names_another_file(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(config.ENVIRONMENT, written("(xend-relocation-port 9000)"))
     assert config.load()["xend-relocation-port"] == 9000
+    monkeypatch.setenv(config.ENVIRONMENT, "/nonexistent/x.sxp")
+    with pytest.raises(ConfigError, match=r"no configuration file /nonexistent/x\.sxp: XEND_CONFIG names it"):
+        config.load()
     monkeypatch.delenv(config.ENVIRONMENT)
-    assert config.default_path() == SOURCE
+    assert config.default_path().name == "no-such-file.sxp"
 
 
 def test_a_file_that_cannot_be_one(tmp_path: Path) -> None:

@@ -242,6 +242,7 @@ def test_json_status_is_one_object_a_line() -> None:
 
 def test_the_form_suits_the_stream() -> None:
     assert isinstance(report.open_status(io.StringIO()), PlainStatus)
+    report.open_status(None).say("nobody hears it")
     assert isinstance(report.open_status(io.StringIO(), as_json=True), JsonStatus)
     master, slave = pty.openpty()
     with open(master, "rb"), open(slave, "w") as terminal:
