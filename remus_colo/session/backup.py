@@ -211,7 +211,7 @@ class BackupSession(abc.ABC):
         :raise Exception: an error that nobody expected has ended it.
         """
         self.loop.call(lambda: self.handle(E.CREATE))
-        self.loop.call_later(self.creation.heartbeat.interval_s, self._check_peer)
+        self.loop.call_later(self.peer.next_look_s(), self._check_peer)
         self.loop.call_later(GUEST_CHECK_S, self._check_guest)
         self.peer.start()
         try:
@@ -350,7 +350,7 @@ class BackupSession(abc.ABC):
             self.handle(E.PRIMARY_LOST, reason=reason)
 
     def _check_peer(self) -> None:
-        self.loop.call_later(self.creation.heartbeat.interval_s, self._check_peer)
+        self.loop.call_later(self.peer.next_look_s(), self._check_peer)
         if self._peer_lost or self.machine.final:
             return
         silence_s = self.peer.silence_s()

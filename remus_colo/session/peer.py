@@ -22,6 +22,7 @@ from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
 
+LOOK_SLACK_S = 0.001  # a timer may come early by what a clock rounds
 POLL_S = 1.0  # how soon a reader notices that it is to end
 # A loop that has not come round for so many time-outs is stuck: saying that we live would be a lie.
 STUCK_TIMEOUTS = 4.0
@@ -64,6 +65,7 @@ class Peer:
     :param clock: what this side says and measures clocks by: the primary's is the guest's, the backup's its host's;
         None where clocks are no concern.
     :param sure: called with each heartbeat for as long as the other host cannot hold us for dead.
+    :param patience_s: how long it may be silent, if that is not the heartbeats' time-out.
     :param ask_clock: send a probe with each heartbeat; see :attr:`clocks` for what they tell.
     """
 
@@ -82,12 +84,13 @@ class Peer:
         clock: Clock | None = None,
         ask_clock: bool = False,
         sure: Callable[[], None] = lambda: None,
+        patience_s: float | None = None,
     ) -> None:
         self.loop = loop
         self.control = control
         self.data = data
         self.config = config
-        self.monitor = PeerMonitor(config.timeout_s)
+        self.monitor = PeerMonitor(config.timeout_s if patience_s is None else patience_s)
         self.self_monitor = SelfMonitor(config.timeout_s * SELF_LIMIT)
         self.peer_state = ""
         self._on_lost = on_lost
@@ -218,6 +221,13 @@ class Peer:
     def silence_s(self) -> float:
         with self._lock:
             return self.monitor.silence_s(time.monotonic())
+
+    def next_look_s(self) -> float:
+        """After what time to ask :meth:`expired` again: as soon as it may have, and at each heartbeat's time in any case."""
+        with self._lock:
+            deadline_s = self.monitor.deadline_s
+        left_s = 0.0 if deadline_s is None else deadline_s - time.monotonic()
+        return min(self.config.interval_s, left_s + LOOK_SLACK_S) if left_s > 0 else self.config.interval_s
 
     def expired(self) -> bool:
         """Whether the other host has been silent for too long: not while it is we who do not listen."""

@@ -31,7 +31,7 @@ from remus_colo.session.fence import run_hook
 from remus_colo.session.lan_watch import LanWatch
 from remus_colo.session.loop import Loop, Timer
 from remus_colo.session.parts import Engine, EventSink, Path, Terms
-from remus_colo.session.peer import Peer
+from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.steps import each
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,12 @@ class SessionStats:
     pause_s: float | None = None
     pages: int = 0
     bytes_sent: int = 0
+
+
+def patience_s(heartbeat: HeartbeatConfig) -> float:
+    """How long a silent backup is given: one heartbeat less than the time-out, so that clients whose answers wait for it wait no
+    longer than that.  The backup need not agree: it looks for the guest on the LAN before it takes over."""
+    return max(heartbeat.timeout_s - heartbeat.interval_s, heartbeat.timeout_s / 2)
 
 
 class PrimarySession(abc.ABC):
@@ -95,6 +101,7 @@ class PrimarySession(abc.ABC):
             state=lambda: self.machine.state.value,
             beats=lambda: self.machine.beats,
             clock=engine.clock,
+            patience_s=patience_s(config.heartbeat),
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path: Path = self._make_path()
@@ -175,7 +182,7 @@ class PrimarySession(abc.ABC):
         :raise Exception: a bug's, after all was cleaned up.
         """
         self.loop.call(lambda: self.handle(E.BACKUP_READY))
-        self.loop.call_later(self.config.heartbeat.interval_s, self._check_peer)
+        self.loop.call_later(self.peer.next_look_s(), self._check_peer)
         self.loop.call_later(GUEST_CHECK_S, self._check_guest)
         self.peer.start()
         try:
@@ -297,7 +304,7 @@ class PrimarySession(abc.ABC):
         self.handle(E.BACKUP_LOST_IN_DOUBT if doubt else E.BACKUP_LOST, reason=reason)
 
     def _check_peer(self) -> None:
-        self.loop.call_later(self.config.heartbeat.interval_s, self._check_peer)
+        self.loop.call_later(self.peer.next_look_s(), self._check_peer)
         if self._peer_lost or self.machine.final:
             return
         # What lies unread comes first: a takeover may be among it, if it was this host that was frozen.

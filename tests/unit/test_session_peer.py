@@ -13,10 +13,11 @@ import pytest
 from primary_world import join_all
 
 from remus_colo.errors import PeerLost
+from remus_colo.failover.heartbeat import PeerMonitor
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session import inbox
+from remus_colo.session import inbox, peer, primary
 from remus_colo.session.inbox import Inbox
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
@@ -163,3 +164,23 @@ def test_what_is_sent_to_a_host_that_is_gone_is_told_to_the_loop_and_not_raised(
         both.loop.call(both.loop.stop)
         both.loop.run()
         assert len(both.lost) == lost
+
+
+def test_a_silent_host_is_looked_at_when_it_may_be_lost() -> None:
+    with ends() as both:
+        interval_s, timeout_s = both.peer.config.interval_s, both.peer.config.timeout_s
+        assert both.peer.next_look_s() == interval_s  # it was not heard yet
+        now_s = time.monotonic()
+        both.peer.monitor.beat(now_s)
+        assert both.peer.next_look_s() == interval_s
+        both.peer.monitor = PeerMonitor(timeout_s)
+        both.peer.monitor.beat(now_s - timeout_s + interval_s / 2)
+        assert 0 < both.peer.next_look_s() <= interval_s / 2 + peer.LOOK_SLACK_S
+        both.peer.monitor = PeerMonitor(timeout_s)
+        both.peer.monitor.beat(now_s - 2 * timeout_s)
+        assert both.peer.next_look_s() == interval_s  # it is lost: nothing to wait for
+
+
+def test_the_primary_gives_its_backup_one_heartbeat_less() -> None:
+    assert primary.patience_s(HeartbeatConfig(0.25, 2.0)) == 1.75
+    assert primary.patience_s(HeartbeatConfig(0.7, 1.0)) == 0.5
