@@ -19,15 +19,13 @@ from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
-from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import DECIDING
 from remus_colo.failover.primary import PrimaryAction as A
 from remus_colo.failover.primary import PrimaryEvent as E
 from remus_colo.failover.primary import PrimaryMachine, PrimaryState
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session.addresses import Known
-from remus_colo.session.fence import run_hook
+from remus_colo.session.doubt import Doubt
 from remus_colo.session.lan_watch import LanWatch
 from remus_colo.session.loop import Loop, Timer
 from remus_colo.session.parts import Engine, EventSink, Path, Terms
@@ -38,7 +36,6 @@ log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
-ARBITER_INTERVAL_S = 0.5  # between two tries to find out who is active
 DECIDING_STATES = frozenset(state.value for state in DECIDING)
 
 
@@ -106,11 +103,11 @@ class PrimarySession(abc.ABC):
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path: Path = self._make_path()
         self._lan = LanWatch(loop, self.path.links, engine.layout.vifs, store)
+        self._doubt = Doubt(loop, config, self._lan, self.handle)
         self._created = False
         self._peer_lost = False
         self._peer_failure: RemusError | None = None  # why the backup is gone, in its words or ours
         self._stop_deadline: Timer | None = None
-        self._doubt_told = False
         self._guest_at_rest = threading.Event()  # no thread is about to suspend or resume the guest
         self._guest_at_rest.set()
         self._actions: dict[A, Callable[[], None]] = {
@@ -317,40 +314,8 @@ class PrimarySession(abc.ABC):
             self._lost(f"no sign of life from the backup host for {silence_s:.2f} s")
 
     def _ask_arbiter(self) -> None:
-        """Is the SVM active? It would answer for the guest's addresses from beyond this host."""
         self.event("arbitrating")
-        known = self._lan.known()
-
-        def decided(active: bool | None, error: BaseException | None) -> None:
-            if error is not None and not isinstance(error, RemusError):
-                raise error
-            if error is not None or active is None:
-                self._tell_doubt()
-                self.loop.call_later(ARBITER_INTERVAL_S, lambda: self.handle(E.BACKUP_UNKNOWN))
-            else:
-                self.handle(E.BACKUP_ACTIVE if active else E.BACKUP_INACTIVE)
-
-        self.loop.thread("arbiter", lambda: self._judge(known), decided)
-
-    def _tell_doubt(self) -> None:
-        """Once: it may last, and nothing else shows why the guest does not answer."""
-        if self._doubt_told:
-            return
-        self._doubt_told = True
-        name, there = self.config.name, self.config.destination
-        log.warning(
-            "nobody can tell whether %s has taken %s over: what %s says is held until that is known. "
-            "If `xl list` there shows %s, destroy it here; if that host is dead, kill this remus (SIGKILL) and run "
-            "python3 -m remus_colo.recover %s",
-            there, name, name, name, name,
-        )  # fmt: skip
-
-    def _judge(self, known: dict[int, Known]) -> bool | None:
-        """In a thread: is the SVM active? None if nobody can tell."""
-        if self.config.fence:
-            verdict = run_hook(self.config.fence, self.config.name, self.config.destination)
-            return {Verdict.DEAD: False, Verdict.ALIVE: True}.get(verdict)
-        return self._lan.secondary_active(self.config.heartbeat.timeout_s, known)
+        self._doubt.ask()
 
     # -- the guest -------------------------------------------------------------------------------------------
 

@@ -159,8 +159,8 @@ def test_a_doubt_that_lasts_is_told_once(
             world.loop.call(world.session.guest_alive)
         handle(event, reason)
 
-    monkeypatch.setattr(world.session, "handle", count)
-    monkeypatch.setattr("remus_colo.session.primary.ARBITER_INTERVAL_S", 0.01)
+    monkeypatch.setattr(world.session._doubt, "_decided", count)
+    monkeypatch.setattr("remus_colo.session.doubt.INTERVAL_S", 0.01)
     world.on_event["protected"] = world.backup.leave
     world.run()
     assert ["nobody can tell" in record.message for record in caplog.records].count(True) == 1
