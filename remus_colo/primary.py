@@ -172,17 +172,24 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
         log.error("remus (process %d) did not end in order: %s %s", remains.pid, name, outcome)
         record.clear()
 
+    def end() -> None:
+        """A resume that failed is the guard's to try again."""
+        if recovery.suspended(domid):
+            guard.give_up()
+        else:
+            guard.end()
+
     guard = Guard(name, recover)
     try:
         yield guard
     except (RemusError, KeyboardInterrupt):
-        guard.end()
+        end()
         raise
     except BaseException:
         guard.give_up()
         raise
     else:
-        guard.end()
+        end()
 
 
 def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: str) -> Channel:

@@ -40,6 +40,16 @@ def _standstill(guest: Guest) -> str:
     return "paused" if info.paused else ""
 
 
+def suspended(domid: int) -> bool:
+    """Whether a guest is there that has suspended itself, and was not resumed."""
+    try:
+        with Guest(domid, writable=False) as guest:
+            return _standstill(guest) == "suspended"
+    except RemusError as error:
+        log.debug("%s", error)
+        return False
+
+
 def let_run(guest: Guest, store: Store, *, reborn: bool = False) -> None:
     """Let a guest that was stopped at any point of a checkpoint, or of its birth on the backup, run on.
 

@@ -28,6 +28,7 @@ PROGRAM = """
         (folder / "recover").write_text(repr((domid, tags, how)))
         return STOOD
     recovery.recover = recover
+    recovery.suspended = lambda domid: SUSPENDED
     options = mock.Mock(heartbeat_timeout_s=TIMEOUT_S, log=folder / "log")
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -37,11 +38,13 @@ PROGRAM = """
 """
 
 
-def run(folder: Path, body: str, *, stood: str = "suspended", timeout_s: float = 60.0) -> tuple[int, str]:
+def run(
+    folder: Path, body: str, *, stood: str = "suspended", timeout_s: float = 60.0, suspended: bool = False
+) -> tuple[int, str]:
     """Exit status, and what was said."""
     program = textwrap.dedent(PROGRAM).replace("STOOD", repr(stood)).replace(
         "TIMEOUT_S", str(timeout_s)
-    ) + textwrap.indent(textwrap.dedent(body), " " * 4)
+    ).replace("SUSPENDED", repr(suspended)) + textwrap.indent(textwrap.dedent(body), " " * 4)
     done = subprocess.run(
         [sys.executable, "-c", program, str(folder)],
         cwd=TREE,
@@ -118,3 +121,10 @@ def test_a_bug_has_the_guard_look_as_well(tmp_path: Path) -> None:
     assert "ZeroDivisionError" in said
     assert (tmp_path / "recover").exists()
     assert record(tmp_path) == ""
+
+
+@pytest.mark.parametrize("body", ["pass", "raise errors.XenError('the guest cannot be resumed')"])
+def test_a_guest_that_is_left_suspended_is_resumed(tmp_path: Path, body: str) -> None:
+    _, said = run(tmp_path, body, suspended=True)
+    assert "web goes on UNPROTECTED" in said
+    assert "'resume': True" in (tmp_path / "recover").read_text()
