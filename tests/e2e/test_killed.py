@@ -36,7 +36,9 @@ def await_clean(protection: Protection) -> None:
         time.sleep(0.5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [mode if mode == "transparent" else pytest.param(mode, marks=pytest.mark.long) for mode in MODES]
+)
 def test_the_guest_goes_on(protection: Protection, chance: random.Random, mode: str) -> None:
     protection.ensure_guest()
     before = protection.state("primary")
