@@ -198,7 +198,7 @@ class Server:
                 _cut(new)  # close() may have looked before it was there
 
         try:
-            if not self._may(host):
+            if not self._may(host, opening.deadline_s):
                 self._refused(host, "it is not among the hosts allowed")
                 sock.close()
                 return
@@ -229,11 +229,11 @@ class Server:
             self._half_open.discard(connection)
             self._threads.discard(thread)
 
-    def _may(self, host: str) -> bool:
+    def _may(self, host: str, deadline_s: float) -> bool:
         # by address first: a look-up of its name takes time, and is answered by who owns the address
         if self._allows(host, ""):
             return True
-        name = socket.getfqdn(host)
+        name = _name_of(host, deadline_s)
         return name != host and self._allows(host, name)
 
     def _refused(self, host: str, reason: str) -> None:
@@ -243,6 +243,17 @@ class Server:
         more = f" ({dropped} more were refused since the last such line)" if dropped else ""
         log.warning("refused %s: %s%s", host, reason, more)
         self._event("refused", host=host, reason=reason, unlogged=dropped)
+
+
+def _name_of(host: str, deadline_s: float) -> str:
+    """The name that an address has; the address itself if none is found before the deadline: a resolver has no such thing."""
+    names: list[str] = []
+    thread = threading.Thread(
+        target=lambda: names.append(socket.getfqdn(host)), name=f"name-{host}", daemon=True
+    )
+    thread.start()
+    thread.join(max(0.0, deadline_s - time.monotonic()))
+    return names[0] if names else host
 
 
 def _readable(sock: socket.socket, timeout_s: float) -> bool:

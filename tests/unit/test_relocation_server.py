@@ -303,6 +303,19 @@ def test_a_host_that_is_allowed_by_its_name(
         eventually(lambda: len(here.sessions) == 1)
 
 
+def test_a_resolver_that_does_not_answer_holds_no_place(
+    receiver: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getfqdn", lambda address: answered.wait(PATIENCE_S) and address)
+    here = receiver(hosts_allow=compile_hosts(r"^alpha\.example\.org$"), timeouts={"open_timeout_s": 0.1})
+    with socket.create_connection(("127.0.0.1", here.port)) as stranger:
+        stranger.settimeout(PATIENCE_S)
+        assert stranger.recv(1) == b""
+    answered.set()
+    eventually(lambda: here.reasons() == ["it is not among the hosts allowed"])
+
+
 @pytest.mark.parametrize("operation", ["receive", "sslreceive", "help"])
 def test_an_xend_is_told_in_its_own_words(receiver: Callable[..., Receiver], operation: str) -> None:
     """As XendDomain.domain_migrate of Xen 4.4 speaks: what it drops, and where it looks for the reason."""
