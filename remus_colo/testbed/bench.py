@@ -12,15 +12,15 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
-from remus_colo.errors import RemusError
-from remus_colo.testbed import machine, scenario_figures, scenario_standstill
+from remus_colo.testbed import scenario_figures, scenario_standstill
 from remus_colo.testbed.arguments import count, not_negative, positive, some
 from remus_colo.testbed.bed import Bed
+from remus_colo.testbed.ending import exit_on_signals, exit_status
 from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.own_bed import own_bed
 from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.scenario_load import Result
 
@@ -175,31 +175,17 @@ def main(arguments: list[str] | None = None) -> int:
     add("--bed", default=f"bench-{os.getpid()}", metavar="NAME", help="name of the bed (bench-PID)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
-    try:
-        machine.setup()
-        bed = Bed(options.bed)
-        if bed.directory.exists():
-            raise BedError(f"the bed '{bed.name}' exists: take another name, or take it down first")
-        try:
-            bed.up()
-            remus = {"checkpoint": options.checkpoint, "period": options.period}
+    exit_on_signals()
+
+    def body() -> int:
+        remus = {"checkpoint": options.checkpoint, "period": options.period}
+        with own_bed(options.bed) as bed:
             found = measure(bed, options.rounds, options.seconds, {"rate": options.rate}, remus)
-        finally:
-            bed.down()
-    except RemusError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return int(error.exit_status)
-    except KeyboardInterrupt:
-        return 130
-    print(report(found))
-    print(json.dumps(found), flush=True)
-    return 0
+        print(report(found))
+        print(json.dumps(found), flush=True)
+        return 0
 
-
-def _exit_on_signal(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
+    return exit_status("bench", body)
 
 
 if __name__ == "__main__":

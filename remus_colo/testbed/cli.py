@@ -7,16 +7,15 @@ import argparse
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from remus_colo.errors import ExitStatus, RemusError
 from remus_colo.testbed import bed_logs, bed_status
 from remus_colo.testbed.arguments import finite
 from remus_colo.testbed.bed import DEFAULT_DOM0_MB, DEFAULT_MEMORY_MB, Bed, Options, bed_names
+from remus_colo.testbed.ending import exit_on_signals
 from remus_colo.testbed.network import HOSTS
 
 
@@ -100,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
     # An interrupted 'up' takes the bed down again: make these signals exceptions, as SIGINT is.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
+    exit_on_signals()
     try:
         return _run(args) or 0
     except RemusError as error:
@@ -169,10 +167,6 @@ def _run(args: argparse.Namespace) -> int | None:
         case "logs":
             bed_logs.collect(bed, args.directory)
     return None
-
-
-def _exit_on_signal(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 def _words(words: list[str]) -> list[str]:

@@ -16,18 +16,17 @@ import json
 import logging
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from remus_colo.errors import RemusError
 from remus_colo.testbed import load_report, machine, scenario_trial
 from remus_colo.testbed.bed import Bed
-from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.ending import exit_on_signals
+from remus_colo.testbed.own_bed import new_bed
 from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.scenario_trial import Outcome, Plan
 
@@ -106,15 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="          %(message)s", stream=sys.stdout)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
+    exit_on_signals()
     steps = Steps()
     try:
         with steps("installing what this machine lacks", "nothing, or 1 to 5 minutes the first time"):
             machine.setup()
-        bed = Bed(options.bed)
-        if bed.directory.exists():
-            raise BedError(f"the bed '{bed.name}' exists: take another name, or take it down first")
+        bed = new_bed(options.bed)
         try:
             outcome = _show(bed, random.Random(options.seed), steps, options.logs)
         finally:
@@ -149,10 +145,6 @@ def _show(bed: Bed, chance: random.Random, steps: Steps, logs: Path | None) -> O
             if logs is not None or not well:
                 protection.save_logs(logs or Path(tempfile.mkdtemp(prefix="remus_colo-demo-")))
         return outcome
-
-
-def _exit_on_signal(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

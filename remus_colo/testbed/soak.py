@@ -14,17 +14,16 @@ import json
 import logging
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from remus_colo.errors import RemusError
 from remus_colo.testbed import machine, scenario_clock, scenario_endurance, scenario_trial
 from remus_colo.testbed.arguments import finite, some
 from remus_colo.testbed.bed import Bed, Options
+from remus_colo.testbed.ending import exit_on_signals, exit_status
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection, fresh
 from remus_colo.testbed.scenario_figures import table
@@ -180,13 +179,13 @@ def main(arguments: list[str] | None = None) -> int:
     options.seed = int(time.time()) if options.seed is None else options.seed
     directory = options.logs or Path(tempfile.mkdtemp(prefix="remus_colo-soak-"))
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit_on_signal)
+    exit_on_signals()
     print(
         f"{options.n} of kind {options.kind}, seed {options.seed}; logs of what goes wrong: {directory}",
         flush=True,
     )
-    try:
+
+    def body() -> int:
         machine.setup()
         bed = Bed(options.bed)
         try:
@@ -203,17 +202,10 @@ def main(arguments: list[str] | None = None) -> int:
                 found, well = failovers(bed, options, directory)
         finally:
             bed.down()
-    except RemusError as error:
-        print(f"soak: {error}", file=sys.stderr)
-        return int(error.exit_status)
-    except KeyboardInterrupt:
-        return 130
-    print(json.dumps(found), flush=True)
-    return 0 if well else 1
+        print(json.dumps(found), flush=True)
+        return 0 if well else 1
 
-
-def _exit_on_signal(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
+    return exit_status("soak", body)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from remus_colo.errors import HostError, RemusError
 from remus_colo.testbed import cache, machine, xen_packaging, xen_source
+from remus_colo.testbed.ending import exit_on_signals
 from remus_colo.testbed.xen_source import SUITES, XenSource
 
 log = logging.getLogger(__name__)
@@ -119,8 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
     wrong = [name for name in options.releases if name not in SUITES]
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as exceptions, so that half-built trees go
-        signal.signal(number, _exit_on_signal)
+    exit_on_signals()
     if wrong:
         parser.error(f"no such release: {', '.join(wrong)}")
     try:
@@ -142,10 +141,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"check-patches: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _exit_on_signal(number: int, _: object) -> NoReturn:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":
