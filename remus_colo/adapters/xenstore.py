@@ -169,3 +169,11 @@ class Watch:
             with contextlib.suppress(queue.Empty):
                 self._monitor.events.get(timeout=remaining_s)
         return True
+
+
+def domain_named(store: Store, name: str) -> int | None:
+    """The domid of the domain that has a name, a numeral or not; None if none has."""
+    for domid in store.list("/local/domain"):
+        if store.read(f"/local/domain/{domid}/name") == name:
+            return int(domid)
+    return None

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from remus_colo.adapters import savestream, toolstack
-from remus_colo.adapters.xenstore import Store
+from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.checkpoint import libxlformat
 from remus_colo.errors import XenError
 
@@ -133,10 +133,12 @@ class Restorer:
             ) from None
         if status:
             raise self._failure()
-        for domid in store.list("/local/domain"):
-            if store.read(f"/local/domain/{domid}/name") == self._name:
-                return int(domid)
-        raise XenError(f"xl restore ended well, but there is no domain {self._name}", operation="xl restore")
+        domid = domain_named(store, self._name)
+        if domid is None:
+            raise XenError(
+                f"xl restore ended well, but there is no domain {self._name}", operation="xl restore"
+            )
+        return domid
 
     @property
     def made(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from remus_colo import dominfo, sxp
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
-from remus_colo.adapters.xenstore import Store
+from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.checkpoint import birth
 from remus_colo.errors import ConfigError, DomainError, FramingError
 from remus_colo.options import check_word
@@ -64,12 +64,11 @@ def check_free(name: str) -> None:
     """
     if name.isdecimal():
         raise DomainError(f"{name!r} is no name of a domain: xl takes it for a domid")
-    for taken in (name, birth.secondary_name(name)):
-        try:
-            domid = toolstack.find_domain(taken)
-        except DomainError:
-            continue
-        raise NameTaken(f"Domain '{taken}' already exists with ID '{domid}'")
+    with Store() as store:
+        for taken in (name, birth.secondary_name(name)):
+            domid = domain_named(store, taken)
+            if domid is not None:
+                raise NameTaken(f"Domain '{taken}' already exists with ID '{domid}'")
 
 
 def restore(read: Read, name: str, *, paused: bool = False) -> int:
@@ -89,8 +88,9 @@ def restore(read: Read, name: str, *, paused: bool = False) -> int:
                     guest.unpause()
         except BaseException:
             restorer.abort()
-            if restorer.made:
-                toolstack.destroy(toolstack.find_domain(name))
+            made = domain_named(store, name) if restorer.made else None
+            if made is not None:
+                toolstack.destroy(made)
             raise
         return domid
 

@@ -18,7 +18,7 @@ import threading
 from typing import Any
 
 from remus_colo.adapters import toolstack
-from remus_colo.adapters.xenstore import Store
+from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.checkpoint import libxcrecords, libxlformat
 from remus_colo.errors import XenError
 
@@ -100,7 +100,7 @@ class Receiver:
             raise self.failure()
         # The plain name may be another's, if both hosts are one: then it keeps xl's.
         for name in (self.name + INCOMING_SUFFIX, self.name):
-            domid = _find(store, name)
+            domid = domain_named(store, name)
             if domid is not None:
                 return domid
         raise XenError(f"xl ended well, but there is no domain {self.name}", operation="xl migrate-receive")
@@ -116,7 +116,7 @@ class Receiver:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(END_TIMEOUT_S)
         self._close_pipe()
-        domid = _find(store, self.name + INCOMING_SUFFIX)
+        domid = domain_named(store, self.name + INCOMING_SUFFIX)
         if domid is not None:
             toolstack.destroy(domid)
 
@@ -136,10 +136,3 @@ class Receiver:
             f"xl migrate-receive failed: {'; '.join(lines[-3:]) or 'no message'}",
             operation="xl migrate-receive",
         )
-
-
-def _find(store: Store, name: str) -> int | None:
-    for domid in store.list("/local/domain"):
-        if store.read(f"/local/domain/{domid}/name") == name:
-            return int(domid)
-    return None

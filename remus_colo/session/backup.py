@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from remus_colo.adapters.xenctrl import Clock
-from remus_colo.adapters.xenstore import Store
+from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.errors import DomainError, ExitStatus, MessageError, RemusError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import BackupAction as A
@@ -278,19 +278,17 @@ class BackupSession(abc.ABC):
 
     def _refuse_remains(self, name: str) -> None:
         """:raise DomainError: a domain has the name that the SVM is to have, or the one that it takes as the guest."""
-        final = None if self.creation.same_host else self.creation.config["c_info"]["name"]
-        for domid in self.store.list("/local/domain"):
-            found = self.store.read(f"/local/domain/{domid}/name")
-            if found == name:
-                raise DomainError(
-                    f"there is a domain {name} on this host already: if {self.creation.name} is protected here by nobody else, "
-                    f"it was left by a remusd that was killed: xl destroy {name}"
-                )
-            if final is not None and found == final:
-                raise DomainError(
-                    f"there is a domain {final} on this host already, and two of that name would be one too many after a failover: "
-                    "end that one here, or rename it"
-                )
+        if domain_named(self.store, name) is not None:
+            raise DomainError(
+                f"there is a domain {name} on this host already: if {self.creation.name} is protected here by nobody else, "
+                f"it was left by a remusd that was killed: xl destroy {name}"
+            )
+        final = self.creation.config["c_info"]["name"]
+        if not self.creation.same_host and domain_named(self.store, final) is not None:
+            raise DomainError(
+                f"there is a domain {final} on this host already, and two of that name would be one too many after a failover: "
+                "end that one here, or rename it"
+            )
 
     def _svm_thread(
         self, name: str, work: Callable[[], Any], done: Callable[[Any, BaseException | None], None]

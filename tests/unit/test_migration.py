@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from remus_colo.checkpoint import incoming
-from remus_colo.errors import DomainError, FramingError, MessageError, PeerLost, RemusError, XenError
+from remus_colo.errors import FramingError, MessageError, PeerLost, RemusError, XenError
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.server import Opening
 from remus_colo.session import migration
@@ -35,10 +35,14 @@ class Xen:
         self.refuses = ""
         self.aborted = False
 
-    def find(self, name: str) -> int:
-        if name not in self.domains:
-            raise DomainError(f"there is no domain named {name!r}")
-        return self.domains[name]
+    def store(self) -> Any:
+        store = mock.MagicMock()
+        store.__enter__.return_value = store
+        store.list.side_effect = lambda path: [str(domid) for domid in self.domains.values()]
+        store.read.side_effect = lambda path: {str(domid): name for name, domid in self.domains.items()}.get(
+            path.split("/")[3]
+        )
+        return store
 
     def destroy(self, domid: int) -> None:
         self.domains = {name: other for name, other in self.domains.items() if other != domid}
@@ -76,11 +80,10 @@ class Xen:
 @pytest.fixture
 def xen(monkeypatch: pytest.MonkeyPatch) -> Xen:
     made = Xen()
-    monkeypatch.setattr(incoming.toolstack, "find_domain", made.find)
     monkeypatch.setattr(incoming.toolstack, "destroy", made.destroy)
     monkeypatch.setattr(incoming.birth, "Restorer", made.restorer)
     monkeypatch.setattr(incoming, "Guest", made.guest)
-    monkeypatch.setattr(incoming, "Store", mock.MagicMock())
+    monkeypatch.setattr(incoming, "Store", made.store)
     return made
 
 
