@@ -11,6 +11,7 @@ act, since otherwise the primary releases output that the backup, having switche
 from __future__ import annotations
 
 import enum
+from collections.abc import Collection
 
 from remus_colo.errors import ConfigError
 
@@ -19,6 +20,15 @@ class Verdict(enum.Enum):
     DEAD = "dead"  # the peer does not run the guest, and will not
     ALIVE = "alive"
     UNKNOWN = "unknown"
+
+
+# To a primary that asks about its backup: whether the SVM is the guest now; None if nobody can tell.
+ACTIVE = {Verdict.DEAD: False, Verdict.ALIVE: True, Verdict.UNKNOWN: None}
+
+
+def of_all(verdicts: Collection[Verdict]) -> Verdict:
+    """What looks at several LANs come to: one that sees the peer is enough, one that cannot tell leaves it open."""
+    return next((v for v in (Verdict.ALIVE, Verdict.UNKNOWN) if v in verdicts), Verdict.DEAD)
 
 
 # The hook's exit statuses; every other one, a signal and a time-out are UNKNOWN.

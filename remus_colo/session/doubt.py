@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from remus_colo.errors import RemusError
-from remus_colo.failover.arbiter import Verdict
+from remus_colo.failover.arbiter import ACTIVE
 from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.session.addresses import Known
 from remus_colo.session.fence import run_hook
@@ -44,8 +44,7 @@ class Doubt:
         """In a thread: None if nobody can tell."""
         terms = self._terms
         if terms.fence:
-            verdict = run_hook(terms.fence, terms.name, terms.destination)
-            return {Verdict.DEAD: False, Verdict.ALIVE: True}.get(verdict)
+            return ACTIVE[run_hook(terms.fence, terms.name, terms.destination)]
         return self._lan.secondary_active(terms.heartbeat.timeout_s, known)
 
     def _on_verdict(self, active: bool | None, error: BaseException | None) -> None:

@@ -18,7 +18,7 @@ from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import RemusError
-from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.failover.arbiter import ACTIVE, LanProbe, Verdict, of_all
 from remus_colo.session.addresses import AddressWatch, Known
 from remus_colo.session.lan import ETHERTYPE_ARP, mac_bytes, probe_guest, uplinks
 from remus_colo.session.loop import Loop
@@ -105,8 +105,8 @@ class LanWatch:
                 probe_guest(uplink.ifname, uplink.own_mac, uplink.guest_mac, guest, others, probe)
             )
             if verdicts[-1] is Verdict.ALIVE:
-                return True
-        return True if self.conflict() else None if Verdict.UNKNOWN in verdicts else False
+                break
+        return True if self.conflict() else ACTIVE[of_all(verdicts)]
 
     def close(self) -> None:
         for watch in self._addresses.values():

@@ -9,7 +9,7 @@ from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import DomainError, RemusError
-from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.failover.arbiter import LanProbe, Verdict, of_all
 from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.session.creation import Creation
@@ -75,10 +75,7 @@ class SvmLan:
                     LanProbe(window_s, window_s / 2),
                 )
             )
-        for verdict in (Verdict.ALIVE, Verdict.UNKNOWN):
-            if verdict in verdicts:
-                return verdict
-        return Verdict.DEAD
+        return of_all(verdicts)
 
     def expect_outage(self) -> None:
         """The primary is late: from now on what is said on either side is kept."""
