@@ -17,7 +17,7 @@ from collections import Counter
 from typing import Any
 
 from remus_colo.testbed import scenario_figures
-from remus_colo.testbed.arguments import count, not_negative, positive
+from remus_colo.testbed.arguments import count, not_negative, positive, some
 from remus_colo.testbed.bed import Bed
 from remus_colo.testbed.ending import exit_on_signals, exit_status
 from remus_colo.testbed.own_bed import own_bed
@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="S",
         help="length of the load (default: %(default)s)",
     )
-    add("--downloads", type=count, default=2, metavar="N",
+    add("--downloads", type=some, default=2, metavar="N",
         help="connections that fetch 10 MB files (default: %(default)s)")  # fmt: skip
     add("--rate", type=not_negative, default=LOAD["rate"], metavar="R",
         help="requests per second and connection of the others (default: %(default)s)")  # fmt: skip
