@@ -104,9 +104,10 @@ void colo_primary(struct colo *c, int64_t now_ns, uint64_t id, const struct colo
 void colo_secondary(struct colo *c, int64_t now_ns, const struct colo_frame *frame);
 
 /*
- * A packet that will be handed over a few packets from now, for who has several at hand: what is known of its flow comes
- * into the cache meanwhile.  Changes nothing; the packet need not come.
+ * For who has several packets at hand: the one that will be handed over COLO_AHEAD packets from now, or NULL behind the
+ * last one.  What is known of its flow comes into the cache meanwhile.  Changes nothing; the packet need not come.
  */
+#define COLO_AHEAD 8
 void colo_prefetch(struct colo *c, const struct colo_frame *frame);
 
 /* Have time-outs found and old state forgotten; to be called at colo_deadline(), or more often. */

@@ -22,7 +22,6 @@
 #define LENGTH_BYTES 4
 #define ETHERNET_BYTES 14
 #define ROOM ((size_t)1 << 18)
-#define AHEAD 8u /* packets that are announced before they are compared */
 
 struct input {
     int fd;
@@ -181,23 +180,32 @@ static size_t whole_frame(const struct input *input, size_t at)
     return input->have - at < LENGTH_BYTES + size ? 0 : LENGTH_BYTES + size;
 }
 
+/* The bytes of the whole frame at at, which is compared soon; 0 if there is none. */
+static size_t announce(struct colo *c, const struct input *input, size_t at)
+{
+    size_t size = whole_frame(input, at);
+    struct colo_frame frame;
+
+    if (size)
+        frame = frame_of(input->bytes + at, (uint32_t)size - LENGTH_BYTES);
+    colo_prefetch(c, size ? &frame : NULL);
+    return size;
+}
+
 /* Returns 0 at the end of the stream. */
 static int drain(struct colo *c, int fd, struct input *input, int primary)
 {
     ssize_t count = read(input->fd, input->bytes + input->have, ROOM - input->have);
     int64_t now = now_ns();
-    size_t at = 0, ahead = 0, size, next;
-    unsigned announced = 0;
+    size_t at = 0, ahead = 0, size;
+    unsigned announced = 0; /* behind the one at hand */
 
     if (count < 0)
         die("read");
     input->have += (size_t)count;
     for (; (size = whole_frame(input, at)); at += size, announced--) {
-        for (; announced < AHEAD && (next = whole_frame(input, ahead)); ahead += next, announced++) {
-            struct colo_frame frame = frame_of(input->bytes + ahead, (uint32_t)next - LENGTH_BYTES);
-
-            colo_prefetch(c, &frame);
-        }
+        for (; announced <= COLO_AHEAD; announced++)
+            ahead += announce(c, input, ahead);
         handle(c, fd, primary, now, input->bytes + at, (uint32_t)size - LENGTH_BYTES);
     }
     memmove(input->bytes, input->bytes + at, input->have - at);

@@ -124,7 +124,7 @@ void colo_prefetch(struct colo *c, const struct colo_frame *frame)
             __builtin_prefetch((const uint8_t *)flow + at, 1);
     }
     *slot = 0;
-    if (packet_peek(&key, frame)) {
+    if (frame && packet_peek(&key, frame)) {
         *slot = hash_bytes(&c->seed, 0, (const uint8_t *)&key, sizeof(key));
         __builtin_prefetch(&c->flows[*slot & c->flow_mask]);
     }

@@ -253,7 +253,7 @@ struct request {
 };
 
 /* How many packets ahead a flow itself is fetched, behind its bucket. */
-#define COMING 4u
+#define COMING (COLO_AHEAD / 2u)
 
 struct colo {
     struct colo_config config;

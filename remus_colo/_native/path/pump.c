@@ -48,9 +48,11 @@ static int read_secondary(struct rp_pump *p)
     if (number <= 0)
         return number;
     now = now_ns();
-    for (int i = 0; i < number; i++) {
-        if (p->ignore_tags)
-            frames[i].frame.vlan = 0;
+    for (int i = 0; p->ignore_tags && i < number; i++)
+        frames[i].frame.vlan = 0;
+    for (int i = 0, announced = 0; i < number; i++) {
+        for (; announced <= i + COLO_AHEAD; announced++)
+            colo_prefetch(p->comparator, announced < number ? &frames[announced].frame : NULL);
         colo_secondary(p->comparator, now, &frames[i].frame);
     }
     return number;
@@ -65,8 +67,11 @@ static int read_primary(struct rp_pump *p)
     if (number <= 0)
         return number;
     now = now_ns();
-    for (int i = 0; i < number; i++)
+    for (int i = 0, announced = 0; i < number; i++) {
+        for (; announced <= i + COLO_AHEAD; announced++)
+            colo_prefetch(p->comparator, announced < number ? &packets[announced].frame : NULL);
         colo_primary(p->comparator, now, packets[i].id, &packets[i].frame);
+    }
     return number;
 }
 
