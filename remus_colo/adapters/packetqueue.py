@@ -178,6 +178,24 @@ def open_queue(
     return ReferenceQueue(queue_num, on_packet, max_packets, receive_buffer_bytes)
 
 
+def queues_in_use() -> set[int]:
+    """The numbers of all queues of this network namespace.
+
+    :raise HostError: this kernel has no such table, or no permission.
+    """
+    with os.fdopen(_open_table()) as table:
+        return {int(line.split()[0]) for line in table}
+
+
+def _open_table() -> int:
+    try:
+        return os.open(_TABLE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        if os.geteuid() != 0:
+            raise HostError("cannot open a packet queue: run as root") from exc
+        raise kmod.missing("nfnetlink_queue", "holding packets", str(exc)) from exc
+
+
 class KernelTable:
     """The row of one queue in the kernel's table of them, for the namespace in which this was made."""
 
@@ -185,13 +203,8 @@ class KernelTable:
         """:raise HostError: this kernel has no such table, or no permission."""
         self._queue_num = queue_num
         self._dropped = (0, 0)
-        try:
-            # Kept open, since it shows the namespace in which it was opened.
-            self._file = os.open(_TABLE, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as exc:
-            if os.geteuid() != 0:
-                raise HostError("cannot open a packet queue: run as root") from exc
-            raise kmod.missing("nfnetlink_queue", "holding packets", str(exc)) from exc
+        # Kept open, since it shows the namespace in which it was opened.
+        self._file = _open_table()
 
     def check_free(self) -> None:
         """:raise NetworkError: another process has the queue."""

@@ -18,7 +18,7 @@ from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
-from remus_colo.adapters.packetqueue import PacketQueue, open_queue
+from remus_colo.adapters.packetqueue import PacketQueue, open_queue, queues_in_use
 from remus_colo.adapters.packetqueue_native import NativeQueue
 from remus_colo.adapters.rawlink import Frame, RawLink
 from remus_colo.adapters.rewriting_native import RewritingTurns
@@ -27,13 +27,13 @@ from remus_colo.proxy import announce
 from remus_colo.proxy.announce import AddressBook
 from remus_colo.proxy.outage import Outage
 from remus_colo.proxy.primary_path import Tunnel, backup_ifname, primary_ifname
+from remus_colo.proxy.queue_numbers import SVM_NUMBERS, queue_numbers
 from remus_colo.proxy.rewriter import Rewriter, finish_checksum
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
 
 QUEUE_PACKETS = 16384
-FIRST_QUEUE = 42000
 LINK_TIMEOUT_S = 10.0
 EXPIRE_S = 10.0
 ETHERTYPE_IP = 0x0800
@@ -90,9 +90,9 @@ class SvmVifPath:
         self.vif = vif
         self.guest_addresses = AddressBook(mac)
         self._mac = mac
-        first = FIRST_QUEUE + (vif.domid * 16 + vif.handle) % 10000 * 2
-        self._from_guest = open_queue(first, self._packet_from_guest, QUEUE_PACKETS)
-        self._to_guest = open_queue(first + 1, self._packet_to_guest, QUEUE_PACKETS)
+        out, back = queue_numbers(SVM_NUMBERS, 2, vif.domid, vif.handle, queues_in_use())
+        self._from_guest = open_queue(out, self._packet_from_guest, QUEUE_PACKETS)
+        self._to_guest = open_queue(back, self._packet_to_guest, QUEUE_PACKETS)
         for queue, look in ((self._from_guest, self._look_at_guest), (self._to_guest, self._look_at_client)):
             read: Callable[[], object] = queue.process
             if isinstance(queue, NativeQueue):
@@ -100,7 +100,7 @@ class SvmVifPath:
                     queue, self.rewriter.native, look, self._give_held, from_guest=queue is self._from_guest
                 ).turn
             self._loop.add_reader(queue, read)
-        rules.rewriter(vif.ifname, first, first + 1)
+        rules.rewriter(vif.ifname, out, back)
 
     def attach(self) -> None:
         """Put the vif, which a backend has just made anew, into its bridge. From any thread: own socket."""

@@ -23,16 +23,17 @@ from dataclasses import dataclass
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.nft import QueueRules
+from remus_colo.adapters.packetqueue import queues_in_use
 from remus_colo.adapters.rawlink import CopyingTap
 from remus_colo.errors import NetworkError, RemusError
 from remus_colo.proxy.comparator import CheckpointRequest, CompareConfig
 from remus_colo.proxy.output import Output
+from remus_colo.proxy.queue_numbers import PVM_NUMBERS, queue_numbers
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
 
 PLUG_LIMIT_BYTES = 64 << 20  # input of one checkpoint at 10 Gbit/s for 50 ms
-FIRST_QUEUE = 20000  # queue numbers below are people's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +86,13 @@ class VifPath:
         self._mirror = Plug(links, ifname, PLUG_LIMIT_BYTES)
         self._tap: CopyingTap | None = None
 
-    @property
-    def queue_number(self) -> int:
-        return FIRST_QUEUE + (self.vif.domid * 16 + self.vif.handle) % 20000
-
     def start(self, rules: QueueRules) -> None:
         self._links.set_up(self.ifname)
         self._mirror.install()
         self._input.install()
         self._tap = CopyingTap(self.vif.ifname)
-        self.output.start(self.queue_number, rules)
+        (number,) = queue_numbers(PVM_NUMBERS, 1, self.vif.domid, self.vif.handle, queues_in_use())
+        self.output.start(number, rules)
         self._links.mirror_egress(self.vif.ifname, self.ifname)
 
     def counters(self) -> dict[str, int]:
