@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 from remus_colo import dominfo, sxp
@@ -11,14 +10,10 @@ from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.checkpoint import birth
+from remus_colo.checkpoint.xendheader import COLO_SIGNATURE, DESCRIPTION_LIMIT_BYTES, LENGTH, SIGNATURE
 from remus_colo.errors import ConfigError, DomainError, FramingError
 from remus_colo.options import check_word
 
-# Of Xen 4.4's tools/python/xen/xend/XendCheckpoint.py; a COLO stream has another, as long.
-SIGNATURE = b"LinuxGuestRecord"
-COLO_SIGNATURE = b"LinuxColoRecord2"
-LENGTH = struct.Struct("!i")
-CONFIG_LIMIT_BYTES = 1 << 20
 PIECE_BYTES = 1 << 20
 
 _INVALID = "not a valid guest state file"
@@ -44,7 +39,7 @@ def read_name(read: Read) -> str:
     if signature != SIGNATURE:
         raise FramingError(f"{_INVALID}: found {signature!r}")
     (length,) = LENGTH.unpack(_exactly(read, LENGTH.size, "config size read"))
-    if not 0 < length <= CONFIG_LIMIT_BYTES:
+    if not 0 < length <= DESCRIPTION_LIMIT_BYTES:
         raise FramingError(f"{_INVALID}: a configuration of {length} bytes")
     text = _exactly(read, length, "config read")
     try:

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from remus_colo.checkpoint import incoming
+from remus_colo.checkpoint import incoming, xendheader
 from remus_colo.errors import FramingError, MessageError, PeerLost, RemusError, XenError
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.server import Opening
@@ -20,7 +20,7 @@ from remus_colo.session import migration
 from remus_colo.session.migration import Migrations
 
 DOMAIN = b"(domain (domid 3) (name web))"
-HEADER = incoming.SIGNATURE + incoming.LENGTH.pack(len(DOMAIN)) + DOMAIN
+HEADER = xendheader.SIGNATURE + xendheader.LENGTH.pack(len(DOMAIN)) + DOMAIN
 STREAM = bytes(range(256)) * 5000
 PATIENCE_S = 30.0
 

@@ -14,6 +14,7 @@ from xen.remus import vm
 from xen.xend import sxp
 
 from remus_colo.checkpoint import libxcrecords as libxc
+from remus_colo.checkpoint import xendheader
 from remus_colo.errors import FramingError
 
 __all__ = [
@@ -30,13 +31,10 @@ __all__ = [
     "readbatch",
 ]
 
-SIGNATURE = "LinuxGuestRecord"
-# As long, and another: a receiver that knows only the first says at once that it is no guest's state.
-COLO_SIGNATURE = "LinuxColoRecord2"
+SIGNATURE = xendheader.SIGNATURE.decode()
+COLO_SIGNATURE = xendheader.COLO_SIGNATURE.decode()
 PAGE_SIZE = libxc.PAGE_SIZE
-LENGTH = struct.Struct("!i")
-INTLEN = LENGTH.size
-HEADER_LIMIT_BYTES = 1 << 20
+INTLEN = xendheader.LENGTH.size
 # Image header and domain header of libxenguest's stream.
 STREAM_MARKER = b"\xff" * 8
 STREAM_HEADERS_BYTES = 24 + 16
@@ -58,7 +56,7 @@ def makeheader(dominfo: list[Any], colo: bool = False) -> bytes:
     :param colo: what follows is for a receiver that knows COLO.
     """
     text = vm.sxprtostr(dominfo).encode()
-    return (COLO_SIGNATURE if colo else SIGNATURE).encode() + LENGTH.pack(len(text)) + text
+    return (COLO_SIGNATURE if colo else SIGNATURE).encode() + xendheader.LENGTH.pack(len(text)) + text
 
 
 def parseheader(header: str | bytes) -> dict[str, Any]:
@@ -108,8 +106,8 @@ class VMImage:
         if signature not in (SIGNATURE.encode(), COLO_SIGNATURE.encode()):
             raise VMParseException("Bad signature in image")
         self.colo = signature == COLO_SIGNATURE.encode()
-        (length,) = LENGTH.unpack(_exactly(self.fd, LENGTH.size, "the header"))
-        if not 0 < length <= HEADER_LIMIT_BYTES:
+        (length,) = xendheader.LENGTH.unpack(_exactly(self.fd, INTLEN, "the header"))
+        if not 0 < length <= xendheader.DESCRIPTION_LIMIT_BYTES:
             raise VMParseException(f"a header of {length} bytes")
         self.header = _exactly(self.fd, length, "the header")
         self.dom = parseheader(self.header)
@@ -183,7 +181,9 @@ class Writer:
                 self.vm = VMImage(source)
                 assert self.vm.header is not None
                 signature = COLO_SIGNATURE if self.vm.colo else SIGNATURE
-                self.fd.write(signature.encode() + LENGTH.pack(len(self.vm.header)) + self.vm.header)
+                self.fd.write(
+                    signature.encode() + xendheader.LENGTH.pack(len(self.vm.header)) + self.vm.header
+                )
                 headers = _exactly(source, STREAM_HEADERS_BYTES, "the stream's header")
                 if not headers.startswith(STREAM_MARKER):
                     raise VMParseException("the header is not followed by a stream of today's Xen")
