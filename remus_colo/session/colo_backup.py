@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from remus_colo.adapters import toolstack
+from remus_colo.adapters import toolstack, userdata
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Clock, Guest, ShutdownReason
 from remus_colo.checkpoint import birth
@@ -282,23 +282,27 @@ class ColoBackupSession(BackupSession):
         each([functools.partial(self._open_vif, vif) for vif in self.engine.layout.vifs])
         self.event("active", domid=self.domid)
         log.warning("%s: the primary is gone, domain %s is the guest now", self.creation.name, self.domid)
-        self.loop.thread("rename", self._become_guest, self._on_renamed)
+        self.loop.thread("become-guest", self._become_guest, self._on_became_guest)
 
     def _open_vif(self, vif: Vif) -> None:
         assert self.lan is not None
         self.event("made-good", vif=vif.handle, **self.lan.open(vif))
 
     def _become_guest(self) -> None:
-        assert self.engine is not None and self.domid is not None
+        assert self.engine is not None and self.domid is not None and self.lan is not None
         self.engine.stop_logging()
+        steps: list[Callable[[], object]] = [functools.partial(userdata.change, self.domid, self.lan.settle)]
         if not self.creation.same_host:
-            toolstack.rename(self.domid, self.creation.config["c_info"]["name"])
+            steps.append(
+                functools.partial(toolstack.rename, self.domid, self.creation.config["c_info"]["name"])
+            )
+        each(steps)
 
-    def _on_renamed(self, _: object, error: BaseException | None) -> None:
+    def _on_became_guest(self, _: object, error: BaseException | None) -> None:
         if error is not None:
             if not isinstance(error, RemusError):
                 raise error
-            log.warning("domain %s keeps its name: %s", self.domid, error)
+            log.warning("domain %s serves, but is not quite what it was: %s", self.domid, error)
 
     def _announce_once(self) -> None:
         assert self.lan is not None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.rawlink import RawLink
@@ -27,6 +28,7 @@ class SvmLan:
         self._store = store
         self._bridge = bridge
         self._vifs: tuple[Vif, ...] = ()  # none before the SVM has them
+        self._opened: dict[int, str] = {}  # bridges by handle
 
     def check(self) -> None:
         """:raise DomainError: a vif would have no place in the LAN."""
@@ -98,9 +100,23 @@ class SvmLan:
         path.rewriter.stop_learning()
         bridge = self.bridge_of(vif.handle)
         path.open_lan(bridge)
+        self._opened[vif.handle] = bridge
         made_good = path.make_good(bridge)
         self._store.write(f"{vif.backend}/bridge", bridge)
         return made_good
+
+    def settle(self, config: dict[str, Any]) -> None:
+        """Have the vifs where they are now in the SVM's configuration, which has them in a bridge of protection's.
+
+        From any thread.
+        """
+        of_primary = self._creation.config.get("nics", [])
+        for nic, handle, named in zip(
+            config["nics"], sorted(self._creation.tunnels), of_primary, strict=True
+        ):
+            nic["bridge"] = self._opened.get(handle, named.get("bridge"))
+            if "ifname" in named:
+                nic["ifname"] = named["ifname"]
 
     def announce(self) -> None:
         """Tell the LAN where the guest is now."""

@@ -252,6 +252,7 @@ class World:
     """:param names: of the domains that are there already, by domid.
     :param clock_offset_ns: as the primary asks for it.
     :ivar verdict: of the LAN.
+    :ivar xl_config: libxl's configuration of the SVM.
     :ivar ended: what the session's run raised, once it has ended.
     """
 
@@ -289,12 +290,14 @@ class World:
         patch(colo_backup.birth, "Restorer", lambda name: Restorer(self))
         patch(colo_backup.toolstack, "destroy", self._destroy)
         patch(colo_backup.toolstack, "rename", lambda domid, name: self.faults.step("rename"))
+        self.xl_config: dict[str, Any] = {"nics": [{"bridge": "rcbabcdef.0", "mac": "02:00:00:00:00:02"}]}
+        patch(colo_backup.userdata, "change", self._change_config)
         patch(svm_lan, "probe_guest", self._probe)
         patch(svm_lan, "RawLink", mock.MagicMock())
         creation = Creation(
             name="web",
             mode=Mode.TRANSPARENT,
-            config={"c_info": {"name": "web"}, "nics": [{"bridge": "xenbr0"}]},
+            config={"c_info": {"name": "web"}, "nics": [{"bridge": "xenbr0", "ifname": "web0"}]},
             tag="abcdef",
             same_host=False,
             tunnels={0: Tunnel(16, 4789, "10.7.0.2", "10.7.0.1")},
@@ -320,6 +323,10 @@ class World:
             self.session.run()
         except Exception as error:
             self.ended = error
+
+    def _change_config(self, domid: int, alter: Callable[[dict[str, Any]], None]) -> None:
+        self.faults.step("change_config")
+        alter(self.xl_config)
 
     def _destroy(self, domid: int) -> None:
         assert domid == DOMID

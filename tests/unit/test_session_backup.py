@@ -8,7 +8,7 @@ import contextlib
 import pytest
 from backup_world import NOW_NS, World
 
-from remus_colo.errors import DomainError, NetworkError, PeerLost, RemusError, XenError
+from remus_colo.errors import DomainError, HostError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import UnknownPolicy
 from remus_colo.relocation.schema import MessageType
@@ -241,6 +241,23 @@ def test_a_takeover() -> None:
     world.assert_serving()
     assert world.states()[-3:] == ["arbitrating", "active", "stopped"]
     assert world.faults.steps.count("rename") == 1
+    # What xl would reboot it with, or remus would protect it with from here.
+    assert world.xl_config["nics"] == [{"bridge": "xenbr0", "mac": "02:00:00:00:00:02", "ifname": "web0"}]
+
+
+@pytest.mark.parametrize("step", ["rename", "change_config"])
+def test_a_takeover_whose_finish_fails(step: str, caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.faults.planned[step] = HostError("no space left")
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        primary.leave()
+        world.await_event("active")
+        world.session.shut_down()
+    world.assert_serving()
+    assert {"rename", "change_config"} <= set(world.faults.steps)
+    assert "not quite what it was: no space left" in caplog.text
 
 
 @pytest.mark.parametrize("verdict", [Verdict.DEAD, Verdict.ALIVE])
