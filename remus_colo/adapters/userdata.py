@@ -20,6 +20,7 @@ from remus_colo.errors import HostError
 
 DIRECTORY = Path("/var/lib/xen")  # XEN_LIB_DIR
 _RECORD, _LOCK = "libxl-json", "domain-userdata-lock"
+_END = b"\0"  # part of the file: libxl reads it as a string of C
 
 
 @contextlib.contextmanager
@@ -68,10 +69,10 @@ def change(domid: int, alter: Callable[[dict[str, Any]], None]) -> None:
     record, fresh = path("d", _RECORD), path("n", _RECORD)
     try:
         with _locked(path("l", _LOCK)):
-            config = json.loads(record.read_bytes())
+            config = json.loads(record.read_bytes().removesuffix(_END))
             alter(config)
-            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump(config, file, indent=4)
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(json.dumps(config, indent=4).encode() + _END)
             fresh.rename(record)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise HostError(

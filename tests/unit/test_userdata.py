@@ -40,9 +40,13 @@ def move(config: dict[str, Any]) -> None:
 
 
 def test_a_change(directory: Path) -> None:
-    record(directory).write_text('{"nics": [{"bridge": "rcb1.0", "devid": 0}], "big": 18446744073709551615}')
+    record(directory).write_text(
+        '{"nics": [{"bridge": "rcb1.0", "devid": 0}], "big": 18446744073709551615}\0'
+    )
     userdata.change(7, move)
-    assert json.loads(record(directory).read_text()) == {
+    text = record(directory).read_text()
+    assert text.endswith("\0")
+    assert json.loads(text[:-1]) == {
         "nics": [{"bridge": "xenbr0", "devid": 0}],
         "big": (1 << 64) - 1,
     }
@@ -67,7 +71,7 @@ def test_a_domain_that_xenstore_does_not_know(directory: Path) -> None:
 
 def test_waits_for_who_has_the_lock(directory: Path) -> None:
     """As libxl does: the lock's file goes with the lock, and another one comes."""
-    record(directory).write_text('{"nics": [{"bridge": "rcb1.0"}]}')
+    record(directory).write_text('{"nics": [{"bridge": "rcb1.0"}]}\0')
     lock = directory / f"userdata-l.7.{UUID}.domain-userdata-lock"
     held = os.open(lock, os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
