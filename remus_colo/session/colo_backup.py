@@ -282,7 +282,7 @@ class ColoBackupSession(BackupSession):
         each([functools.partial(self._open_vif, vif) for vif in self.engine.layout.vifs])
         self.event("active", domid=self.domid)
         log.warning("%s: the primary is gone, domain %s is the guest now", self.creation.name, self.domid)
-        self.loop.thread("become-guest", self._become_guest, self._on_became_guest)
+        self._svm_thread("become-guest", self._become_guest, self._on_became_guest)
 
     def _open_vif(self, vif: Vif) -> None:
         assert self.lan is not None
@@ -296,13 +296,14 @@ class ColoBackupSession(BackupSession):
             steps.append(
                 functools.partial(toolstack.rename, self.domid, self.creation.config["c_info"]["name"])
             )
-        each(steps)
+        try:
+            each(steps)
+        except RemusError as error:
+            log.warning("domain %s serves, but is not quite what it was: %s", self.domid, error)
 
     def _on_became_guest(self, _: object, error: BaseException | None) -> None:
         if error is not None:
-            if not isinstance(error, RemusError):
-                raise error
-            log.warning("domain %s serves, but is not quite what it was: %s", self.domid, error)
+            raise error
 
     def _announce_once(self) -> None:
         assert self.lan is not None
@@ -329,7 +330,9 @@ class ColoBackupSession(BackupSession):
             toolstack.destroy(self.domid)
 
     def _end_steps(self) -> list[Callable[[], object]]:
-        steps: list[Callable[[], object]] = [self.peer.close]
+        # What is being done to the domain is done to the end, above all its becoming the guest.
+        at_rest = functools.partial(self._svm_at_rest.wait, toolstack.XL_TIMEOUT_S)
+        steps: list[Callable[[], object]] = [at_rest, self.peer.close]
         if self.path is not None:
             steps.append(self.path.close)
         if self.engine is not None:

@@ -179,6 +179,8 @@ class ColoSession(PrimarySession):
         self.peer.data.send_bulk(MessageType.CREATE_STREAM, 0, [])
         engine.await_connected()
         engine.rings_changed()
+        # Mapping a large guest takes seconds, which its packets would have to wait for in the loop's thread.
+        engine.prepare()
         return pause_s
 
     def _on_born(self, pause_s: float | None, error: BaseException | None) -> None:

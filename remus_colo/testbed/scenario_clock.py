@@ -33,6 +33,8 @@ CHECKPOINT_TIMEOUT_S = 120.0
 ACTIVE_TIMEOUT_S = 120.0
 PERIOD_MS = 1000
 COOPERATIVE_CHECKPOINTS = 20
+# A guest that wakes up two hundred times a second takes half of an emulated host's one processor.
+HEARTBEAT_TIMEOUT_MS = 8000
 CLOCKS = ("monotonic", "realtime", "boottime")
 # realtime and boottime are monotonic plus a constant to the kernel; they are read at most 1 ms apart, in this order.
 SKEW_LIMIT_NS = 1_000_000
@@ -237,7 +239,7 @@ def run(
     :param wanted: as for :func:`faults`.
     """
     with Protection(bed) as protection:
-        remus = {"period": PERIOD_MS} | remus
+        remus = {"period": PERIOD_MS, "heartbeat_timeout": HEARTBEAT_TIMEOUT_MS} | remus
         wrong: list[str] = []
         legs: list[Leg] = []
         told: dict[str, Any] = {}
