@@ -102,7 +102,12 @@ class BedNetwork:
         for role in NIC_ROLES:
             mtu = REPL_MTU if role == "repl" else LAN_MTU
             self._batch(role, "link set lo up", f"link add {role} mtu {mtu} {BRIDGE}", f"link set {role} up")
-        self._batch("mgmt", f"addr add {MGMT_GATEWAY}/24 dev mgmt")
+        # A host that boots is looked for from the first moment.  One that has not answered ARP by then would be "no route".
+        known = [
+            f"neigh replace {net.mgmt} lladdr {mac(self.bed, net.host, 'mgmt')} dev mgmt nud permanent"
+            for net in HOSTS.values()
+        ]
+        self._batch("mgmt", f"addr add {MGMT_GATEWAY}/24 dev mgmt", *known)
         client = self.namespace("client")
         self._batch("lan", f"link add lan-client type veth peer name eth0 netns {client}",
                     "link set lan-client master lan", "link set lan-client up")  # fmt: skip
