@@ -285,10 +285,13 @@ def _byte(content: bytes, at: int) -> str:
 # -- command line ----------------------------------------------------------------------------------------
 
 
-def _positive(text: str) -> float:
-    value = float(text)
+def _duration(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a duration")
+        raise argparse.ArgumentTypeError(f"{text} is not a duration: give milliseconds, 0 or more")
     return value
 
 
@@ -301,11 +304,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "secondary", metavar="SECONDARY.pcap", help="what the SVM sent, before or behind the rewriter"
     )
-    p.add_argument("--compare-timeout", metavar="MS", type=_positive, default=1000.0,
+    p.add_argument("--compare-timeout", metavar="MS", type=_duration, default=1000.0,
                    help="how long a packet waits for its equal before a checkpoint is asked for (%(default)s)")  # fmt: skip
-    p.add_argument("--checkpoint-ms", metavar="MS", type=_positive, default=0.0,
+    p.add_argument("--checkpoint-ms", metavar="MS", type=_duration, default=0.0,
                    help="how long a checkpoint takes (%(default)s)")  # fmt: skip
-    p.add_argument("--tail", metavar="MS", type=_positive, default=None,
+    p.add_argument("--tail", metavar="MS", type=_duration, default=None,
                    help="how long to go on behind the last packet (default: until nothing can change any more)")  # fmt: skip
     p.add_argument("--explain", action="store_true", help="say for people what differed (on standard error)")
     return p

@@ -334,6 +334,14 @@ def test_what_is_no_capture_of_ethernet_is_refused(tmp_path: Path, content: byte
     )
 
 
+@pytest.mark.parametrize("words", ["soon", "-1", "nan", "inf", ""])
+def test_what_is_no_duration_is_refused(tmp_path: Path, words: str) -> None:
+    path = pcap(tmp_path / "p.pcap", [])
+    done = command(path, path, f"--tail={words}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"argument --tail: {words} is not a duration: give milliseconds" in done.stderr
+
+
 def test_explanations_name_the_first_differing_byte(tmp_path: Path) -> None:
     one = pcap(tmp_path / "p.pcap", [(0, udp(b"12:30:01 o'clock")), (1, tcp(100, 50, ACK, b"abc"))])
     other = pcap(
