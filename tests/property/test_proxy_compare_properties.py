@@ -193,6 +193,33 @@ def test_one_stream_cut_in_two_ways_never_diverges_and_leaves(case, connection: 
 
 
 @settings(max_examples=200, deadline=None)
+@given(st.data(), two_cuttings(), CONNECTIONS, st.booleans())
+def test_what_has_left_never_leaves_again_with_another_byte(
+    data: st.DataObject, case, connection: Connection, checkpoint: bool
+) -> None:
+    content, _, steps = case
+    assume(connection.from_syn and content)
+    driver = Driver()
+    connection.open(driver)
+    for first, part in steps:
+        (driver.primary if first else driver.secondary)(*connection.segment(content, part))
+    if checkpoint:
+        driver.cut()
+        driver.take(driver.comparator.commit(driver.now_s))
+        driver.take(driver.comparator.secondary_resumed(driver.now_s))
+    low = data.draw(st.integers(0, len(content) - 1))
+    high = data.draw(st.integers(low + 1, len(content)))
+    assume(high > low + 1 or high < len(content))  # as a keepalive is
+    driver.primary(*connection.segment(content, (low, high, False)))
+    assert driver.all_released() and not driver.requests
+    at = data.draw(st.integers(low, high - 1))
+    other = content[:at] + bytes([content[at] ^ data.draw(st.integers(1, 255))]) + content[at + 1 :]
+    driver.primary(*connection.segment(other, (low, high, False)))
+    assert driver.requests == [Reason.TCP_PAYLOAD]
+    assert not driver.all_released()
+
+
+@settings(max_examples=200, deadline=None)
 @given(st.data(), st.binary(min_size=1, max_size=200), CONNECTIONS, st.booleans())
 def test_what_the_pvm_never_sends_again_holds_nothing_up(
     data: st.DataObject, content: bytes, connection: Connection, both: bool

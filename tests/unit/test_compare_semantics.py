@@ -205,6 +205,61 @@ def test_after_a_checkpoint_what_was_sent_before_may_be_repeated():
     assert bench.p(tcp(110, 50, ACK, b"later")) == ((2,), None)
 
 
+def test_what_has_left_may_be_repeated_but_not_with_another_byte():
+    bench = Bench().connect()
+    bench.s(tcp(101, 50, ACK, b"once said"))
+    assert bench.p(tcp(101, 50, ACK, b"once ")) == ((2,), None)
+    assert bench.p(tcp(106, 50, ACK, b"said")) == ((3,), None)
+    assert bench.p(tcp(103, 50, ACK, b"ce sa")) == ((4,), None)
+    assert bench.p(tcp(103, 50, ACK, b"ce Sa")) == ((), Reason.TCP_PAYLOAD)
+    assert "the PVM repeated it with another value" in bench.detail
+
+
+def test_a_repetition_with_another_byte_that_goes_on_with_new_ones():
+    bench = Bench().connect()
+    bench.s(tcp(101, 50, ACK, b"once said"))
+    bench.p(tcp(101, 50, ACK, b"once"))
+    assert bench.p(tcp(101, 50, ACK, b"onCe said")) == ((), Reason.TCP_PAYLOAD)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_what_left_by_a_checkpoint_is_known_afterwards(differs):
+    bench = Bench().connect()
+    bench.p(tcp(101, 50, ACK, b"only here"))
+    if differs:
+        assert bench.s(tcp(101, 50, ACK, b"only herE")) == ((), Reason.TCP_PAYLOAD)
+    bench.p(tcp(110, 50, ACK, b", and more"))
+    assert bench.checkpoint() == (2, 3)
+    assert bench.p(tcp(106, 50, ACK, b"here, and")) == ((4,), None)
+    assert bench.p(tcp(112, 50, ACK, b"or")) == ((), Reason.TCP_PAYLOAD)
+
+
+def test_a_keepalive_may_have_a_byte_of_no_meaning():
+    bench = Bench().connect()
+    bench.s(tcp(101, 50, ACK, b"data"))
+    bench.p(tcp(101, 50, ACK, b"data"))
+    assert bench.p(tcp(104, 50, ACK, b"\0")) == ((3,), None), "RFC 1122, 4.2.3.6"
+
+
+def test_a_connection_on_the_same_ports_has_said_nothing_yet():
+    bench = Bench()
+    for isn in (100, 104):
+        bench.s(tcp(isn, 50, SYN | ACK))
+        bench.p(tcp(isn, 50, SYN | ACK))
+        bench.s(tcp(isn + 1, 50, ACK, b"%8d" % isn))
+        assert bench.p(tcp(isn + 1, 50, ACK, b"%8d" % isn))[1] is None
+
+
+def test_what_was_said_long_ago_is_not_known_any_more():
+    bench = Bench().connect()
+    piece = bytes(1000)
+    for at in range(101, 400_101, 1000):
+        bench.s(tcp(at, 50, ACK, piece))
+        assert bench.p(tcp(at, 50, ACK, piece))[1] is None
+    assert bench.p(tcp(101, 50, ACK, b"a repetition"))[1] is None
+    assert bench.p(tcp(380_101, 50, ACK, b"a repetition")) == ((), Reason.TCP_PAYLOAD)
+
+
 def test_an_svm_that_stays_ahead_asks_for_a_checkpoint_but_not_while_the_pvm_follows():
     bench = Bench().connect()
     bench.s(tcp(101, 50, ACK, b"0123456789"))

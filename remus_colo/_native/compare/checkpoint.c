@@ -299,7 +299,7 @@ struct colo *colo_new(const struct colo_config *config, int64_t now_ns)
     c->flows = calloc(flows, sizeof(struct flow *));
     c->contents = calloc(contents, sizeof(struct content *));
     c->assemblies = calloc(ASSEMBLY_BUCKETS, sizeof(struct assembly *));
-    if (!c->flows || !c->contents || !c->assemblies) {
+    if (!history_init(&c->history) || !c->flows || !c->contents || !c->assemblies) {
         colo_free(c);
         return NULL;
     }
@@ -317,6 +317,7 @@ void colo_free(struct colo *c)
     free(c->flows);
     free(c->contents);
     free(c->assemblies);
+    history_free(&c->history);
     free(c->out);
     free(c);
 }

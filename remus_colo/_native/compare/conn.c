@@ -129,6 +129,7 @@ void conn_start(struct colo *c, struct state *s, struct conn *conn, int64_t posi
     if (c->config.own_sequence && conn->shift)
         move_early(conn, position);
     conn->watermark = conn->origin = position;
+    conn->history = 0;
     conn->midstream = conn->extra = midstream;
     if (midstream)
         runs_move_below(c, &conn->secondary, &conn->low, position);

@@ -57,6 +57,7 @@ struct conn {
     int64_t primary_ack, secondary_ack; /* highest */
     struct runs primary, secondary;
     uint64_t counted;            /* its part of the state's kept_bytes */
+    uint64_t history;            /* one behind where its newest record was written; 0 for none */
     uint32_t held;               /* packets that refer to it */
     uint32_t index;
     uint32_t isn, secondary_isn; /* as on the wire */
@@ -255,6 +256,12 @@ struct request {
 /* How many packets ahead a flow itself is fetched, behind its bucket. */
 #define COMING (COLO_AHEAD / 2u)
 
+/* What the PVM has sent of late, oldest overwritten first. */
+struct history {
+    uint8_t *ring;
+    uint64_t end; /* bytes written since the beginning */
+};
+
 struct colo {
     struct colo_config config;
     struct hash_seed seed;
@@ -276,6 +283,7 @@ struct colo {
     uint64_t flow_mask, content_mask;
     struct content **contents;
     struct assembly **assemblies;
+    struct history history;
     struct slab *slabs;          /* memory of flows */
     struct flow *free_flows;     /* by chain */
     uint64_t coming[COMING];     /* hashes of the packets that colo_prefetch() was told of */
@@ -364,6 +372,13 @@ static inline int64_t runs_end(const struct runs *runs)
     last = runs_at(runs, runs->count - 1);
     return last->start + last->size;
 }
+
+/* history.c */
+bool history_init(struct history *history);
+void history_free(struct history *history);
+void history_add(struct history *history, struct conn *conn, int64_t start, const uint8_t *data, uint32_t size);
+int64_t history_contradicts(const struct history *history, const struct conn *conn, int64_t start, const uint8_t *data,
+                            uint32_t size, uint8_t *before);
 
 /* datagram.c */
 void datagram_init(struct state *s);

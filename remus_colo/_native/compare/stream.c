@@ -32,6 +32,7 @@ static uint32_t agree(struct colo *c, struct state *s, struct conn *conn, bool p
                    primary ? theirs[at] : mine[at]);
             return done;
         }
+        history_add(&c->history, conn, conn->watermark, mine, count);
         runs_consume(c, others, count);
         conn->watermark += count;
         done += count;
@@ -139,6 +140,31 @@ static void settle(struct colo *c, struct state *s, struct conn *conn, int64_t b
         stream_check_reset(c, s, conn);
 }
 
+/*
+ * What lies below the watermark was sent before, and must be the same.  But a keepalive may have a byte of no meaning, where the
+ * last one was (RFC 1122, 4.2.3.6).
+ */
+static void check_repetition(struct colo *c, struct state *s, const struct conn *conn, const struct held *h, int64_t start,
+                             int64_t high)
+{
+    uint32_t size = start + h->size > conn->watermark ? (uint32_t)(conn->watermark - start) : h->size;
+    uint8_t before;
+    int64_t at;
+
+    if (h->size == 1 && start + 1 == high)
+        return;
+    at = history_contradicts(&c->history, conn, start, h->data, size, &before);
+    if (at != NOWHERE)
+        stream_differ(c, s, conn, at, DIFF_PRIMARY_REPEAT, h->data[at - start], before);
+}
+
+/* New bytes that leave by a checkpoint, without having been compared. */
+static void remember(struct colo *c, struct conn *conn, const struct held *h, int64_t start, int64_t from)
+{
+    if (from < start + h->size)
+        history_add(&c->history, conn, from, h->data + (from - start), (uint32_t)(start + h->size - from));
+}
+
 static void primary_segment(struct colo *c, struct state *s, struct held *h)
 {
     bool fin = h->flags & TH_FIN, syn = h->flags & TH_SYN;
@@ -190,8 +216,12 @@ static void primary_segment(struct colo *c, struct state *s, struct held *h)
     }
     if (h->flags & TH_URG)
         stream_note_urgent(conn, conn->primary_urgent, conn_unwrap(conn, h->seq) + urgent_byte(h->urgent));
-    if (s->diverged)
+    if (h->size && start < before)
+        check_repetition(c, s, conn, h, start, high);
+    if (s->diverged) {
+        remember(c, conn, h, start, later(start, high));
         return;
+    }
     if (h->size && start + h->size > before) {
         uint32_t skip = start < before ? (uint32_t)(before - start) : 0;
 
@@ -437,6 +467,11 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
     struct conn old = *from->primary; /* its pointers are not used */
     struct conn *conn = &to->first;
 
+    for (uint32_t i = 0; i < old.primary.count; i++) { /* what a client sees once the checkpoint is committed */
+        const struct run *run = runs_at(&old.primary, i);
+
+        history_add(&c->history, &old, run->start, run->data, run->size);
+    }
     if (to == from)
         stream_clear(c, to);
     else
@@ -449,6 +484,7 @@ void stream_rebase(struct colo *c, struct state *to, struct state *from)
     conn->answers = old.answers;
     conn->answered = old.answered;
     conn->shift = old.shift;
+    conn->history = old.history;
     conn->reference = old.reference;
     conn->origin = old.origin;
     conn->watermark = conn->primary_high = old.primary_high;
