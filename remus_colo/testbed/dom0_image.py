@@ -113,8 +113,9 @@ def root_tree(*, device_model: bool = False) -> Path:
 
     :param device_model: the variant that runs HVM guests, too.
     """
+    packages = PACKAGES + (DEVICE_MODEL_PACKAGES if device_model else ())
     recipe = DEVICE_MODEL_RECIPE if device_model else ROOT_RECIPE
-    return cache.entry("dom0-root", recipe, functools.partial(_build_root, recipe["packages"]))
+    return cache.entry("dom0-root", recipe, functools.partial(_build_root, packages))
 
 
 def image(*, device_model: bool = False) -> Dom0Image:

@@ -154,7 +154,13 @@ def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -
         protection.bed.exec("primary", f"xl destroy {GUEST}")
     after_s = chance.uniform(8, 12)
     plan = Plan(
-        "primary", after_s, after_s + PV_AFTERWARDS_S, LOAD | {"rate": 1, "churn": 0}, {}, colo=False, pv=True
+        "primary",
+        after_s,
+        after_s + PV_AFTERWARDS_S,
+        LOAD | {"rate": 1, "churn": 0},
+        {},
+        colo=False,
+        guest="pv",
     )
     outcome = scenario_trial.run(protection, plan)
     assert outcome.faults == []
