@@ -8,19 +8,32 @@ It is stopped and saved when the guest has suspended, and goes on before the gue
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from remus_colo.adapters.qmp import Qmp
 from remus_colo.adapters.xenstore import Store
-from remus_colo.errors import DomainError, XenError
+from remus_colo.errors import DomainError, HostError, XenError
 
 SOCKET = "/var/run/xen/qmp-libxl-{domid}"
 # QEMU serves one client at a time, and an xl may be at it; emulated hosts need seconds.
 ANSWER_TIMEOUT_S = 20.0
 PHYSMAP = "/local/domain/0/device-model/{domid}/physmap"
 PHYSMAP_NODES = ("start_addr", "size", "name")
+
+
+# Where distributions have it; libxl has one of them built in, and does not tell which.
+PROGRAMS = (
+    "/usr/libexec/xen-qemu-system-i386",  # Debian
+    "/usr/lib/xen*/bin/qemu-system-i386",
+    "/usr/lib/xen*/bin/qemu-system-x86_64",
+    "/usr/libexec/xen*/bin/qemu-system-i386",
+    "/usr/local/lib/xen*/bin/qemu-system-i386",
+    "/usr/bin/qemu-system-i386",
+    "/usr/bin/qemu-system-x86_64",
+)
 
 
 class DeviceState(NamedTuple):
@@ -86,6 +99,20 @@ class DeviceModel:
 
     def _connect(self) -> Qmp:
         return Qmp(self._path, ANSWER_TIMEOUT_S)
+
+
+def refuse_without_program(config: dict[str, Any]) -> None:
+    """On the backup, before anything is protected.
+
+    :param config: libxl's JSON configuration of an HVM guest.
+    :raise HostError: this host has no device model to start it with.
+    """
+    named = config.get("b_info", {}).get("device_model")
+    programs = [named] if isinstance(named, str) else PROGRAMS
+    if not any(glob.glob(program) for program in programs):
+        raise HostError(
+            f"this host has no device model for an HVM guest ({named or 'QEMU for Xen'}): install it (Debian: qemu-system-xen)"
+        )
 
 
 def let_run(domid: int) -> None:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
-from remus_colo.adapters import xenctrl
+from remus_colo.adapters import devicemodel, xenctrl
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
+from remus_colo.checkpoint.guestinfo import domain_kind
 from remus_colo.checkpoint.receiver import INCOMING_SUFFIX, Receiver
 from remus_colo.errors import DomainError, MessageError, RemusError, StateError
 from remus_colo.failover.arbiter import LanProbe, Verdict
@@ -85,6 +86,8 @@ class RemusBackupSession(BackupSession):
 
     def _create_svm(self) -> None:
         try:
+            if domain_kind(self.creation.config) == "hvm":
+                devicemodel.refuse_without_program(self.creation.config)
             self._refuse_remains(self.creation.config["c_info"]["name"] + INCOMING_SUFFIX)
             self._receiver = Receiver(self._receiving_config())
         except RemusError as error:

@@ -21,7 +21,7 @@ pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)
 from remus_colo.adapters import devicemodel
 from remus_colo.adapters.devicemodel import DeviceModel, DeviceState
 from remus_colo.checkpoint import libxlformat, periodic
-from remus_colo.errors import DomainError, XenError
+from remus_colo.errors import DomainError, HostError, XenError
 
 SAVED = b"QEVM state of all devices"
 
@@ -219,3 +219,14 @@ def test_a_guest_whose_device_model_fails_is_resumed(monkeypatch: pytest.MonkeyP
         periodic.PeriodicCheckpoints(suspender, mock.Mock(), mock.Mock(), device_model=model).run()
     suspender.resume.assert_called_once_with()
     model.close.assert_called_once_with()
+
+
+def test_a_backup_without_qemu_for_xen_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devicemodel, "PROGRAMS", (f"{tmp_path}/xen*/qemu",))
+    with pytest.raises(HostError, match="Debian: qemu-system-xen"):
+        devicemodel.refuse_without_program({"b_info": {"type": "hvm"}})
+    (tmp_path / "xen-4.20").mkdir()
+    (tmp_path / "xen-4.20" / "qemu").touch()
+    devicemodel.refuse_without_program({"b_info": {"type": "hvm"}})
+    with pytest.raises(HostError, match="/opt/qemu"):
+        devicemodel.refuse_without_program({"b_info": {"device_model": "/opt/qemu"}})
