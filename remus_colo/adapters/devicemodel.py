@@ -54,6 +54,9 @@ class DeviceModel:
         self._store = store
         self._path = Path(SOCKET.format(domid=domid))
         self._qmp: Qmp | None = None
+        self._fdset: int | None = (
+            None  # into which it has saved, and which it keeps until it is told to forget it
+        )
         if not self._path.exists():
             raise DomainError(
                 f"domain {domid} is an HVM guest without a device model that listens at {self._path}: only QEMU "
@@ -81,7 +84,7 @@ class DeviceModel:
         self.prepare()
         assert self._qmp is not None
         self._qmp.execute("stop")
-        return DeviceState(_save(self._qmp), _physmap(self._store, self._domid))
+        return DeviceState(self._save(self._qmp), _physmap(self._store, self._domid))
 
     def go_on(self) -> None:
         """Before the guest is resumed; nothing happens if it runs."""
@@ -89,13 +92,40 @@ class DeviceModel:
         assert self._qmp is not None
         try:
             self._qmp.execute("cont")
+            if self._fdset is not None:
+                # Only now: older ones forget nothing while they stand still.
+                self._qmp.execute_with("remove-fd", {"fdset-id": self._fdset})
+                self._fdset = None
         finally:
-            self.close()  # which also has QEMU forget the file that it has saved into
+            self.close()
 
     def close(self) -> None:
         if self._qmp is not None:
             self._qmp.close()
             self._qmp = None
+
+    def _save(self, qmp: Qmp) -> bytes:
+        """By a descriptor, as QEMU may run where it sees no files of this host."""
+        saved = os.memfd_create("device-model", os.MFD_CLOEXEC)
+        try:
+            # QEMU wants it open for nothing but writing.
+            target = os.open(f"/proc/self/fd/{saved}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                answer = qmp.execute_with("add-fd", {}, target)
+            finally:
+                os.close(target)
+            try:
+                self._fdset = int(answer["fdset-id"])
+            except (KeyError, TypeError, ValueError) as cause:
+                raise XenError(f"QEMU answered add-fd by {answer!r}", operation="add-fd") from cause
+            # Not "live": its disks stay this host's.
+            qmp.execute("xen-save-devices-state", filename=f"/dev/fdset/{self._fdset}", live=False)
+            size = os.fstat(saved).st_size
+            if not size:
+                raise XenError("QEMU saved a state of no bytes", operation="xen-save-devices-state")
+            return os.pread(saved, size, 0)
+        finally:
+            os.close(saved)
 
     def _connect(self) -> Qmp:
         return Qmp(self._path, ANSWER_TIMEOUT_S)
@@ -126,30 +156,6 @@ def let_run(domid: int) -> None:
             with contextlib.suppress(XenError):
                 qmp.execute("xen-set-global-dirty-log", enable=False)
             qmp.execute("cont")
-
-
-def _save(qmp: Qmp) -> bytes:
-    """By a descriptor, as QEMU may run where it sees no files of this host."""
-    saved = os.memfd_create("device-model", os.MFD_CLOEXEC)
-    try:
-        # QEMU wants it open for nothing but writing.
-        target = os.open(f"/proc/self/fd/{saved}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            answer = qmp.execute_with("add-fd", {}, target)
-        finally:
-            os.close(target)
-        try:
-            name = f"/dev/fdset/{int(answer['fdset-id'])}"
-        except (KeyError, TypeError, ValueError) as cause:
-            raise XenError(f"QEMU answered add-fd by {answer!r}", operation="add-fd") from cause
-        # Not "live": its disks stay this host's.
-        qmp.execute("xen-save-devices-state", filename=name, live=False)
-        size = os.fstat(saved).st_size
-        if not size:
-            raise XenError("QEMU saved a state of no bytes", operation="xen-save-devices-state")
-        return os.pread(saved, size, 0)
-    finally:
-        os.close(saved)
 
 
 def _physmap(store: Store, domid: int) -> bytes:
