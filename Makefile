@@ -25,7 +25,7 @@ FUZZ_SECONDS ?= 600
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
 	@echo 'make test     all tests (about 50 minutes)'
-	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv CHECKPOINT=auto'
+	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv|hvm CHECKPOINT=auto'
 	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
 	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'

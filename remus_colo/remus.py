@@ -13,7 +13,7 @@ from remus_colo.adapters import kmod, toolstack
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import refuse_copy, refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import domain_kind, refuse_copy, refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.periodic import RoundTimes
 from remus_colo.devices import netbuffer
 from remus_colo.devices.device import CheckpointedDevice, DeviceSet
@@ -57,7 +57,7 @@ def run(options: RemusOptions) -> int:
         )
         kmod.load("xen_netback", "the guest's network")
         console = stack.enter_context(RemusConsole(options, name))
-        engine = RemusEngine(domid, store)
+        engine = RemusEngine(domid, store, device_model=domain_kind(config) == "hvm")
         try:
             if not engine.dirty_log:
                 console.event("no-dirty-log")
@@ -83,7 +83,12 @@ def _buffers(vifs: tuple[Vif, ...], options: RemusOptions, tag: str) -> list[Che
     if not options.buffer_network or not vifs:
         return []
     netbuffer.load_modules()
-    return [BufferedVif(vif.ifname, netbuffer.buffer_ifname(tag, vif.handle)) for vif in vifs]
+    buffers: list[CheckpointedDevice] = []
+    for vif in vifs:
+        buffers.append(BufferedVif(vif.ifname, netbuffer.buffer_ifname(tag, vif.handle)))
+        if vif.emulated_ifname in vif.ifnames:
+            buffers.append(BufferedVif(vif.emulated_ifname, netbuffer.buffer_ifname(tag, f"{vif.handle}e")))
+    return buffers
 
 
 def _protect(
@@ -147,6 +152,7 @@ def _run_blackhole(
         interval_s=options.interval_s,
         timer=options.timer,
         dirty_log=engine.dirty_log,
+        device_model=engine.device_model,
         on_checkpoint=note,
         probe=points.reached,
     )

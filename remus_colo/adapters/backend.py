@@ -52,6 +52,17 @@ class Vif:
         return f"vif{self.domid}.{self.handle}"
 
     @property
+    def emulated_ifname(self) -> str:
+        """Of the tap of the network card that a device model emulates beside it (TAP_DEVICE_SUFFIX of libxl)."""
+        return f"{self.ifname}-emu"
+
+    @property
+    def ifnames(self) -> list[str]:
+        """Of all interfaces through which the guest's frames come and that are there."""
+        names = (self.ifname, self.emulated_ifname)
+        return [name for name in names if os.path.exists(f"/sys/class/net/{name}")]
+
+    @property
     def device(self) -> str:
         """Name on the xen-backend bus."""
         return f"vif-{self.domid}-{self.handle}"

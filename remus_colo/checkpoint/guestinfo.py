@@ -81,7 +81,8 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
         )
     if kind == "hvm":
         raise DomainError(
-            f'{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type="pvh"'
+            f'{name} is an HVM guest, whose device model cannot run on both hosts at once: change it to type="pvh", '
+            "or protect it without --colo"
         )
     for disk in config.get("disks", []):
         if disk.get("readwrite", 0):
@@ -132,11 +133,47 @@ def refuse_stopped(name: str, info: DomainInfo) -> None:
 
 
 def refuse_for_remus(name: str, config: dict[str, Any]) -> None:
-    """:raise DomainError: the domain is of a kind that Remus without COLO does not take either."""
+    """:raise DomainError: the domain is one that Remus without COLO does not take either."""
+    if config.get("pcidevs"):
+        raise DomainError(
+            f"{name} has a PCI device of this host, whose state nobody can copy: detach it first (xl pci-detach)"
+        )
+    if config.get("usbdevs"):
+        raise DomainError(
+            f"{name} has a USB device of this host, whose state nobody can copy: detach it first (xl usbdev-detach)"
+        )
+    if domain_kind(config) != "hvm":
+        return
+    info = config.get("b_info", {})
+    if info.get("device_model_version") == "qemu_xen_traditional":
+        raise DomainError(
+            f'{name} has the device model qemu-xen-traditional, which cannot be saved: give it device_model_version="qemu-xen"'
+        )
+    if _is_set(info.get("device_model_stubdomain")):
+        raise DomainError(
+            f"{name} has its device model in a domain of its own, which cannot be saved: give it device_model_stubdomain_override=0"
+        )
+    if _is_set(info.get("nested_hvm")) or _is_set(info.get("type.hvm", {}).get("nested_hvm")):
+        raise DomainError(
+            f"{name} may run virtual machines itself, whose state Xen does not copy: give it nestedhvm=0"
+        )
+
+
+def refuse_device_model(name: str, config: dict[str, Any]) -> None:
+    """For streams that libxenguest's alone are.
+
+    :raise DomainError: the domain has a device model, whose state would be missing there.
+    """
     if domain_kind(config) == "hvm":
         raise DomainError(
-            f'{name} is an HVM guest with a device model, whose state cannot be copied yet: change it to type="pvh"'
+            f'{name} is an HVM guest with a device model, whose state is not saved here: change it to type="pvh", '
+            "or protect it by the command remus"
         )
+
+
+def _is_set(value: object) -> bool:
+    """Of a yes or no of libxl's, which may be "<default>"."""
+    return value is True or value == "True"
 
 
 def domain_kind(config: dict[str, Any]) -> str | None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from remus_colo.adapters import savestream
+from remus_colo.adapters.devicemodel import DeviceState
 from remus_colo.checkpoint import fullcopy
 from remus_colo.checkpoint.staging import Staging
 from remus_colo.checkpoint.suspend import Suspender
@@ -63,11 +64,16 @@ class DeviceModel(Protocol):
 
     def log_dirty(self, enable: bool) -> None: ...
 
-    def stop(self) -> None: ...
+    def prepare(self) -> None:
+        """The guest is about to be suspended."""
 
-    def save(self) -> bytes: ...
+    def stop(self) -> DeviceState:
+        """The guest has suspended."""
 
-    def go_on(self) -> None: ...
+    def go_on(self) -> None:
+        """It is about to be resumed."""
+
+    def close(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -116,7 +122,10 @@ class PeriodicCheckpoints:
         self._times = RoundTimes()
         self._stopped_s = 0.0
         self._resumed_s = 0.0
-        self._device_state = b""
+        self._stopped_state = (
+            DeviceState()
+        )  # with a timer, of a checkpoint later than the one that is being delivered
+        self._device_state = DeviceState()
 
     def run(self) -> None:
         """:raise XenError, DomainError: the domain cannot be copied or suspended; what a callback raised."""
@@ -139,6 +148,8 @@ class PeriodicCheckpoints:
                     self._resume_guest()
             except XenError as error:
                 log.info("after the last checkpoint: %s", error)
+            if self._device_model is not None:
+                self._device_model.close()
             staging.close()
 
     # -- the hooks, in libxenguest's order -----------------------------------------------------------------
@@ -162,8 +173,7 @@ class PeriodicCheckpoints:
         self._callbacks.suspended()
 
     def resume(self) -> None:
-        if self._device_model is not None:
-            self._device_state = self._device_model.save()
+        self._device_state = self._stopped_state
         self._callbacks.resuming()
         self._resume_guest()
         self._resumed_s = time.monotonic()
@@ -184,19 +194,24 @@ class PeriodicCheckpoints:
     # -- the guest -----------------------------------------------------------------------------------------
 
     @property
-    def device_state(self) -> bytes:
+    def device_state(self) -> DeviceState:
         """The device model's, of the checkpoint that is being delivered."""
         return self._device_state
 
     def _stop_guest(self) -> None:
+        if self._device_model is not None:
+            self._device_model.prepare()
         self._stopped_s = self._suspender.suspend()
         if self._device_model is not None:
-            self._device_model.stop()
+            # At once, as what it does to the guest's memory in saving is to be copied, too.
+            self._stopped_state = self._device_model.stop()
 
     def _resume_guest(self) -> None:
-        if self._device_model is not None:
-            self._device_model.go_on()
-        self._suspender.resume()
+        try:
+            if self._device_model is not None:
+                self._device_model.go_on()
+        finally:
+            self._suspender.resume()  # much of a guest works without its device model
 
 
 class Ended(Exception):

@@ -21,7 +21,7 @@ from remus_colo import options as defaults
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import refuse_device_model, refuse_for_remus, refuse_stopped
 from remus_colo.checkpoint.periodic import PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
@@ -74,7 +74,9 @@ class Domain:
         """:raise RemusError: there is none, it is protected already or cannot be, or Xen refuses."""
         self.domid = toolstack.find_domain(str(domid))
         self.name = toolstack.domain_name(self.domid)
-        refuse_for_remus(self.name, toolstack.domain_config(self.domid))
+        config = toolstack.domain_config(self.domid)
+        refuse_for_remus(self.name, config)
+        refuse_device_model(self.name, config)
         self._stack = contextlib.ExitStack()
         try:
             self._stack.enter_context(only_one(self.domid, self.name))

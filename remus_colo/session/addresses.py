@@ -45,6 +45,7 @@ class AddressWatch:
         self._arp: list[RawLink] = []
         self._look: RawLink | None = None
         self._looked = 0
+        self._looks = 0
         self._closed = False
         try:
             for port in uplinks:
@@ -63,8 +64,12 @@ class AddressWatch:
             return
         self._end_look()
         self._looked = 0
+        # In turn, as a guest speaks through one of them: with drivers for Xen, or without.
+        names = self._vif.ifnames or [self._vif.ifname]
+        name = names[self._looks % len(names)]
+        self._looks += 1
         try:
-            self._look = RawLink(self._vif.ifname, receive_buffer_bytes=1 << 16)
+            self._look = RawLink(name, receive_buffer_bytes=1 << 16)
             self._loop.add_reader(self._look, self._read_look)
         except RemusError as error:
             log.info("%s", error)

@@ -376,10 +376,11 @@ class PrimarySession(abc.ABC):
 
     def _cut_lan(self) -> None:
         for end in self.path.vifs:
-            try:
-                self.path.links.set_down(end.vif.ifname)
-            except RemusError as error:
-                log.error("could not take %s off the LAN: %s", end.vif.ifname, error)
+            for ifname in end.vif.ifnames or [end.vif.ifname]:
+                try:
+                    self.path.links.set_down(ifname)
+                except RemusError as error:
+                    log.error("could not take %s off the LAN: %s", ifname, error)
 
     def _stop_pvm(self) -> None:
         log.error("the backup host has taken over %s: it is stopped here", self.config.name)

@@ -12,7 +12,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable
 
-from remus_colo.adapters import backend, ifb, xentime
+from remus_colo.adapters import backend, devicemodel, ifb, xentime
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.nft import QueueRules
@@ -68,6 +68,10 @@ def let_run(guest: Guest, store: Store, *, reborn: bool = False) -> None:
         layout = GuestLayout.read(guest, store)
         PvmEngine(guest, store, layout, xentime.GuestClock(guest.domid)).resume_as_new()
     elif info.shutdown and info.shutdown_reason == ShutdownReason.SUSPEND:
+        try:
+            devicemodel.let_run(guest.domid)
+        except RemusError as error:
+            log.error("domain %d goes on without its device model: %s", guest.domid, error)
         guest.resume(cancelled=True)
         store.resumed_domain(guest.domid)
     while guest.info().paused:  # by us: a paused guest is not protected, so it was not when we began
@@ -93,6 +97,7 @@ def clean_network(links: Links, domid: int, vifs: Iterable[Vif], tags: Iterable[
     for vif in vifs:
         steps += [
             (vif.ifname, functools.partial(ifb.stop_redirecting, links, vif.ifname)),
+            (vif.ifname, functools.partial(ifb.stop_redirecting, links, vif.emulated_ifname)),
             (vif.ifname, functools.partial(links.remove_mirror, vif.ifname)),
             (vif.ifname, Plug(links, vif.ifname, PLUG_LIMIT_BYTES).remove),
         ]

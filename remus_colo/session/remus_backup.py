@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from typing import Any
 
-from remus_colo.adapters import xenctrl
+from remus_colo.adapters import devicemodel, xenctrl
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
+from remus_colo.checkpoint.guestinfo import domain_kind
 from remus_colo.checkpoint.receiver import INCOMING_SUFFIX, Receiver
 from remus_colo.errors import DomainError, MessageError, RemusError, StateError
 from remus_colo.failover.arbiter import LanProbe, Verdict
@@ -34,7 +35,7 @@ from remus_colo.session.backup import ANNOUNCE_REPEATS, BackupConfig, BackupSess
 from remus_colo.session.creation import RemusCreation
 from remus_colo.session.lan import mac_bytes, probe_guest
 from remus_colo.session.peer import Peer
-from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE
+from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE, DEVICE_MODEL_XENSTORE
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class RemusBackupSession(BackupSession):
         self._decoder = DeltaDecoder()
         self._digest = CheckpointDigest()
         self._incoming: Incoming | None = None
-        self._device_state = b""
+        self._device_state: dict[str, bytes] = {}
         self._complete = 0  # the last checkpoint that is whole
         self._addresses: dict[int, list[IPv4Address]] = {}
         self._neighbours: dict[int, list[IPv4Address]] = {}
@@ -85,6 +86,8 @@ class RemusBackupSession(BackupSession):
 
     def _create_svm(self) -> None:
         try:
+            if domain_kind(self.creation.config) == "hvm":
+                devicemodel.refuse_without_program(self.creation.config)
             self._refuse_remains(self.creation.config["c_info"]["name"] + INCOMING_SUFFIX)
             self._receiver = Receiver(self._receiving_config())
         except RemusError as error:
@@ -150,9 +153,9 @@ class RemusBackupSession(BackupSession):
         elif kind is MessageType.STATE:
             self._digest.update([message.data])
             name, data = parse_state(message.data)
-            if name != DEVICE_MODEL_STATE:
+            if name not in (DEVICE_MODEL_STATE, DEVICE_MODEL_XENSTORE):
                 raise MessageError(f"the primary sent the state {name!r}, which this host does not know")
-            self._device_state = bytes(data)
+            self._device_state[name] = bytes(data)
         else:
             self._digest.verify(message.fields)
             self._complete = message.epoch
@@ -173,7 +176,7 @@ class RemusBackupSession(BackupSession):
         self._longest_pause_s = longest_pause_s
         self._addresses.update(addresses)
         self._neighbours.update(neighbours)
-        self._device_state = b""
+        self._device_state = {}
         if message.epoch > 1:
             self._digest = CheckpointDigest()
             self._incoming = Incoming(codec == CODEC_DELTA, length, [], [0])
@@ -196,7 +199,7 @@ class RemusBackupSession(BackupSession):
         receiver = self._receiver
         if receiver is None:
             raise StateError("a checkpoint, and nobody to take it")
-        device_state, self._device_state = self._device_state, b""
+        device_state, self._device_state = self._device_state, {}
 
         def apply() -> float:
             if incoming is not None:
@@ -206,7 +209,11 @@ class RemusBackupSession(BackupSession):
                 else:
                     stream = b"".join(incoming.pieces)
                 receiver.feed(stream)
-            receiver.feed(libxlformat.checkpoint_end(device_state))
+            receiver.feed(
+                libxlformat.checkpoint_end(
+                    device_state.get(DEVICE_MODEL_STATE, b""), device_state.get(DEVICE_MODEL_XENSTORE, b"")
+                )
+            )
             return 0.0
 
         self._svm_thread("apply", apply, self._on_applied)

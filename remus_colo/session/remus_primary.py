@@ -19,6 +19,7 @@ from typing import Any
 
 from remus_colo.adapters import backend, toolstack
 from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.devicemodel import DeviceModel, DeviceState
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
@@ -94,6 +95,7 @@ class RemusEngine:
             stopped = self._stack.enter_context(Guest(domid, writable=False))
             self.suspender = self._stack.enter_context(Suspender(stopped, store, device_model=device_model))
             self.layout = Layout(tuple(backend.vifs(store, domid)))
+            self.device_model = DeviceModel(domid, store) if device_model else None
             self.dirty_log = _has_dirty_log(self.guest)
         except BaseException:
             self._stack.close()
@@ -155,7 +157,7 @@ class SendingWorker(CheckpointWorker):
         self.sender.live(chunk)
 
     def deliver(self, number: int, staged: memoryview) -> None:
-        state = self.loop.device_state if self.loop is not None else b""
+        state = self.loop.device_state if self.loop is not None else DeviceState()
         if number == 1:
             self.sender.finish_first(state)
         else:
@@ -235,6 +237,7 @@ class RemusSession(PrimarySession):
             interval_s=config.interval_s,
             timer=config.timer,
             dirty_log=engine.dirty_log,
+            device_model=engine.device_model,
             on_checkpoint=self._on_checkpoint,
             probe=probe,
         )

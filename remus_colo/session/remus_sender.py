@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from remus_colo.adapters.devicemodel import DeviceState
 from remus_colo.checkpoint.delta import DeltaEncoder
 from remus_colo.relocation.bulk import CheckpointDigest, state_buffers
 from remus_colo.relocation.channel import Channel
@@ -19,6 +20,7 @@ FRAME_BYTES = 4 << 20
 LIVE_TIMEOUT_S = 120.0
 CODEC_NONE, CODEC_DELTA = "none", "delta"
 DEVICE_MODEL_STATE = "device-model"
+DEVICE_MODEL_XENSTORE = "device-model-xenstore"
 
 
 class CheckpointSender:
@@ -43,10 +45,10 @@ class CheckpointSender:
             MessageType.CREATE_STREAM, 1, [chunk], deadline_s=deadline_s
         )
 
-    def finish_first(self, device_state: bytes) -> None:
+    def finish_first(self, device_state: DeviceState) -> None:
         self._finish(1, device_state)
 
-    def send(self, epoch: int, staged: memoryview, device_state: bytes) -> None:
+    def send(self, epoch: int, staged: memoryview, device_state: DeviceState) -> None:
         """A whole later checkpoint.
 
         :raise PeerLost: the backup does not take it.
@@ -74,7 +76,11 @@ class CheckpointSender:
         self._digest.update(buffers)
         self.sent_bytes += self._channel.send_bulk(kind, epoch, buffers)
 
-    def _finish(self, epoch: int, device_state: bytes) -> None:
-        if device_state:
-            self._bulk(MessageType.STATE, epoch, state_buffers(DEVICE_MODEL_STATE, device_state))
+    def _finish(self, epoch: int, device_state: DeviceState) -> None:
+        for name, state in (
+            (DEVICE_MODEL_STATE, device_state.emulator),
+            (DEVICE_MODEL_XENSTORE, device_state.xenstore),
+        ):
+            if state:
+                self._bulk(MessageType.STATE, epoch, state_buffers(name, state))
         self._channel.send_control(MessageType.CHECKPOINT_END, epoch, self._digest.fields())

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from remus_colo.checkpoint.periodic import PeriodicCheckpoints, RoundTimes
+from remus_colo.checkpoint.periodic import DeviceModel, PeriodicCheckpoints, RoundTimes
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.devices.device import DeviceSet
 
@@ -42,6 +42,7 @@ class CheckpointWorker:
         interval_s: float,
         timer: bool,
         dirty_log: bool = True,
+        device_model: DeviceModel | None = None,
         on_checkpoint: Callable[[RoundTimes], None],
         probe: Callable[[str], None] = lambda point: None,
     ) -> None:
@@ -52,6 +53,7 @@ class CheckpointWorker:
         self._interval_s = interval_s
         self._timer = timer
         self._dirty_log = dirty_log
+        self._device_model = device_model
         self._on_checkpoint = on_checkpoint
         self.probe = probe
         self._begun_s = 0.0
@@ -67,6 +69,7 @@ class CheckpointWorker:
             self,
             self,
             timer_s=self._interval_s if self._timer else 0.0,
+            device_model=self._device_model,
             dirty_log=self._dirty_log,
             on_round=self._note,
         )

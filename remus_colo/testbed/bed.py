@@ -51,6 +51,7 @@ class Options:
     dom0_mb: int = DEFAULT_DOM0_MB
     skew_s: float = 0.0
     accel: str = "auto"
+    device_model: bool = False  # dom0 has the QEMU that HVM guests need
 
 
 class Bed:
@@ -251,7 +252,7 @@ class Bed:
 
     def _prepare(self, options: Options) -> None:
         """Build what is missing, and note what the hosts are booted from."""
-        image = dom0_image.image()
+        image = dom0_image.image(device_model=options.device_model)
         _, key = key_pair()
         spec = {
             "xen": str(dom0_image.xen_binary(options.xen)), "vmlinuz": str(image.vmlinuz),

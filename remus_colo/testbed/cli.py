@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     up.add_argument(
         "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto probes whether KVM can run Xen"
     )
+    up.add_argument("--device-model", action="store_true", help="hosts that can run HVM guests, too")
     add("down", "end the bed and remove all of it")
     clean = add("clean", "remove what is left of a bed that crashed")
     clean.add_argument(
@@ -128,7 +129,7 @@ def _run(args: argparse.Namespace) -> int | None:
     match args.command:
         case "up":
             bed.up(Options(xen=args.xen, memory_mb=args.memory, dom0_mb=args.dom0_memory, skew_s=args.skew,
-                           accel=args.accel))  # fmt: skip
+                           accel=args.accel, device_model=args.device_model))  # fmt: skip
         case "down":
             bed.down()
         case "clean":

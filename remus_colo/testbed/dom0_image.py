@@ -7,12 +7,14 @@ code is built in it).  The *image* is a directory with ``disk.img``, ``xen``, ``
 
 from __future__ import annotations
 
+import functools
 import gzip
 import logging
 import lzma
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +42,9 @@ PACKAGES = (
     # for people who look into it
     "tcpdump", "ethtool", "iputils-ping", "strace", "gdb-minimal", "bridge-utils", "less",
 )  # fmt: skip
+
+# Only in the variant for HVM guests.
+DEVICE_MODEL_PACKAGES = ("qemu-system-xen",)
 
 APT_OPTIONS = ('APT::Install-Recommends "false"', 'Acquire::Languages "none"')
 DPKG_OPTIONS = (
@@ -90,6 +95,7 @@ ROOT_RECIPE = {
     "suite": SUITE, "mirror": os.environ.get("REMUS_COLO_MIRROR", ""), "packages": PACKAGES, "apt": APT_OPTIONS, "dpkg": DPKG_OPTIONS,
     "dropped": DROPPED_DRIVERS + DROPPED_TREES, "version": 2,
 }  # fmt: skip
+DEVICE_MODEL_RECIPE = ROOT_RECIPE | {"packages": PACKAGES + DEVICE_MODEL_PACKAGES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +108,26 @@ class Dom0Image:
     initrd: Path
 
 
-def root_tree() -> Path:
-    """The dom0's root tree, built when absent (1 to 2 minutes, downloads about 200 MB)."""
-    return cache.entry("dom0-root", ROOT_RECIPE, _build_root)
+def root_tree(*, device_model: bool = False) -> Path:
+    """The dom0's root tree, built when absent (1 to 2 minutes, downloads about 200 MB).
+
+    :param device_model: the variant that runs HVM guests, too.
+    """
+    packages = PACKAGES + (DEVICE_MODEL_PACKAGES if device_model else ())
+    recipe = DEVICE_MODEL_RECIPE if device_model else ROOT_RECIPE
+    return cache.entry("dom0-root", recipe, functools.partial(_build_root, packages))
 
 
-def image() -> Dom0Image:
-    """The dom0's disk and boot files, built when absent."""
+def image(*, device_model: bool = False) -> Dom0Image:
+    """The dom0's disk and boot files, built when absent; ``device_model`` as for :func:`root_tree`."""
     recipe = {
-        "root": ROOT_RECIPE, "init": (HERE / "dom0_init.sh").read_text(), "modules": DOM0_MODULES,
+        "root": DEVICE_MODEL_RECIPE if device_model else ROOT_RECIPE, "init": (HERE / "dom0_init.sh").read_text(), "modules": DOM0_MODULES,
         "initrd": (HERE / "dom0_initrd.sh").read_text(), "initrd_modules": INITRD_MODULES,
         "sshd": SSHD_CONFIG, "disk_bytes": DISK_BYTES, "version": 1,
     }  # fmt: skip
-    path = cache.entry("dom0-image", recipe, _build_image)
+    path = cache.entry(
+        "dom0-image", recipe, lambda path: _build_image(root_tree(device_model=device_model), path)
+    )
     return Dom0Image(path / "disk.img", path / "xen", path / "vmlinuz", path / "initrd")
 
 
@@ -134,7 +147,7 @@ def xen_binary(xen: str) -> Path:
     return cache.entry("xen", {"sha256": cache.file_hash(source)}, build)
 
 
-def _build_root(path: Path) -> None:
+def _build_root(packages: Sequence[str], path: Path) -> None:
     need("mmdebstrap")
     if not KEYRING.exists():
         raise BedError(f"{KEYRING} is missing: install the package debian-archive-keyring")
@@ -149,7 +162,7 @@ def _build_root(path: Path) -> None:
     # The initrd is ours; Debian's would take longer to make than all the rest.
     no_initrd = "echo update_initramfs=no > $1/etc/initramfs-tools/update-initramfs.conf"
     argv += [f"--setup-hook=mkdir -p $1/etc/initramfs-tools && {no_initrd}"]
-    argv += ["--include=" + ",".join(PACKAGES), SUITE, path]
+    argv += ["--include=" + ",".join(packages), SUITE, path]
     # Without a mirror mmdebstrap takes Debian's own, with security updates.
     argv += [m for m in (os.environ.get("REMUS_COLO_MIRROR"),) if m]
     run(argv, timeout_s=1800)
@@ -175,8 +188,7 @@ def _trim_modules(root: Path) -> None:
     run(["chroot", root, "depmod", modules.name], timeout_s=120)
 
 
-def _build_image(path: Path) -> None:
-    root = root_tree()
+def _build_image(root: Path, path: Path) -> None:
     need("mke2fs")
     log.info("making the hosts' disk image (about 15 seconds)")
     path.mkdir()

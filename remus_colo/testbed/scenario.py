@@ -70,11 +70,12 @@ class Protection:
 
     # -- the parts
 
-    def start_guest(self, host: str = "primary", name: str = GUEST, *, pv: bool = False) -> None:
+    def start_guest(self, host: str = "primary", name: str = GUEST, *, kind: str = "pvh") -> None:
         """Create the guest and wait until all its services listen (10 to 20 s).
 
         :param name: or ``SECOND_GUEST``, which has its own address.
-        :param pv: as a PV guest, smaller: it is copied whole at each checkpoint.
+        :param kind: ``pvh``; ``pv``, smaller: it is copied whole at each checkpoint; or ``hvm``, for which the bed must have
+            been brought up with a device model.
         """
         console = shlex.quote(GUEST_LOG.format(domain=name))
         config = f"/domu/{shlex.quote(name)}.cfg"
@@ -82,10 +83,12 @@ class Protection:
             text = second_guest(self.bed.exec(host, f"cat /domu/{GUEST}.cfg").stdout)
             config = f"/run/{name}.cfg"
             self.bed.exec(host, f"printf %s {shlex.quote(text)} > {config}")
-        if pv:
-            changes = f"-e 's/^type=.*/type=\"pv\"/' -e 's/^memory=.*/memory={PV_MEMORY_MB}/'"
-            self.bed.exec(host, f"sed {changes} {config} > /run/pv.cfg")
-            config = "/run/pv.cfg"
+        if kind != "pvh":
+            changes = f"-e 's/^type=.*/type=\"{kind}\"/'"
+            if kind == "pv":
+                changes += f" -e 's/^memory=.*/memory={PV_MEMORY_MB}/'"
+            self.bed.exec(host, f"sed {changes} {config} > /run/{kind}.cfg")
+            config = f"/run/{kind}.cfg"
         self.bed.exec(host, f"rm -f {console}; xl create -q {config}", GUEST_TIMEOUT_S)
         self.bed.exec(
             host,
@@ -94,10 +97,10 @@ class Protection:
             GUEST_TIMEOUT_S + 30,
         )
 
-    def ensure_guest(self, *, pv: bool = False) -> None:
+    def ensure_guest(self, *, kind: str = "pvh") -> None:
         """The guest runs on the primary and answers; a guest that is there is taken as it is."""
         if GUEST not in self.domains("primary"):
-            self.start_guest(pv=pv)
+            self.start_guest(kind=kind)
         self.http_get("/1k")
 
     def start_daemon(self, host: str = "backup", **options: Any) -> Run:

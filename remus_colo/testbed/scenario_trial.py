@@ -35,7 +35,7 @@ class Plan:
     :ivar load: further options of the load.
     :ivar remus: options of ``remus``.
     :ivar colo: with ``--colo``.
-    :ivar pv: the guest is PV.
+    :ivar guest: its kind, see :meth:`Protection.start_guest`.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Plan:
     load: dict[str, Any]
     remus: dict[str, Any]
     colo: bool = True
-    pv: bool = False
+    guest: str = "pvh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def run(protection: Protection, plan: Plan, step: Step = quiet) -> Outcome:
     :raise BedError: the guest could not be protected, or the load did not run.
     """
     with step(f"starting the guest '{GUEST}' on the primary", "10 to 40 s"):
-        protection.ensure_guest(pv=plan.pv)
+        protection.ensure_guest(kind=plan.guest)
     with step("starting remusd on the backup", "some seconds"):
         daemon = protection.start_daemon()
     with step(f"protecting it: remus {'--colo ' if plan.colo else ''}{GUEST} backup", "20 to 60 s"):

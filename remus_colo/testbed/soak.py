@@ -60,9 +60,14 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
         kind = options.kind if options.kind != "mixed" else ("primary", "backup")[number % 2]
         after_s = chance.uniform(KILL_EARLIEST_S, KILL_LATEST_S)
         load = {"random_every": 5, "udp": 2}
-        pv = options.guest == "pv"
         plan = Plan(
-            kind, after_s, after_s + AFTERWARDS_S, load, _remus_options(options), options.mode == "colo", pv
+            kind,
+            after_s,
+            after_s + AFTERWARDS_S,
+            load,
+            _remus_options(options),
+            options.mode == "colo",
+            options.guest,
         )
         outcome, faults = _try(bed, options, plan, directory / f"{number}")
         rows.append(_row(number, plan, outcome))
@@ -90,7 +95,7 @@ def _try(
     bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path
 ) -> tuple[Outcome | None, list[str]]:
     """One failover with both hosts booted anew."""
-    fresh(bed, Options(xen=options.xen, skew_s=options.skew))
+    fresh(bed, Options(xen=options.xen, skew_s=options.skew, device_model=options.guest == "hvm"))
     with Protection(bed) as protection:
         outcome = None
         try:
@@ -160,9 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     add("--interval", type=some, metavar="MS", help="as for remus, without COLO")
     add(
         "--guest",
-        choices=("pvh", "pv"),
+        choices=("pvh", "pv", "hvm"),
         default="pvh",
-        help="its kind; pv only without COLO (default: %(default)s)",
+        help="its kind; pv and hvm only without COLO (default: %(default)s)",
     )
     add(
         "--logs",
@@ -173,8 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.mode == "remus" and options.kind in ("memory", "clock"):
         parser.error(f"--kind {options.kind} is about COLO")
-    if options.mode == "colo" and options.guest == "pv":
-        parser.error("COLO does not take PV guests: give --mode remus")
+    if options.mode == "colo" and options.guest != "pvh":
+        parser.error(f"COLO does not take {options.guest.upper()} guests: give --mode remus")
     options.n = options.n or DEFAULT_COUNT.get(options.kind, 10)
     options.seed = int(time.time()) if options.seed is None else options.seed
     directory = options.logs or Path(tempfile.mkdtemp(prefix="remus_colo-soak-"))

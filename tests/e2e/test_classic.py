@@ -15,9 +15,10 @@ import pytest
 
 from remus_colo.errors import ExitStatus
 from remus_colo.testbed import scenario_trial
+from remus_colo.testbed.bed import Options
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.remote_process import RemoteProcess
-from remus_colo.testbed.scenario import GUEST, HEARTBEAT_TIMEOUT_MS, Protection
+from remus_colo.testbed.scenario import GUEST, HEARTBEAT_TIMEOUT_MS, Protection, fresh
 from remus_colo.testbed.scenario_trial import Plan
 
 SCRIPT = Path(__file__).parent / "classic_script.py"
@@ -27,6 +28,8 @@ MOVE_SCRIPT = Path(__file__).parent / "classic_move.py"
 AFTERWARDS_S = 15.0
 # A PV guest is copied whole at each checkpoint, which takes emulated hosts seconds.
 PV_AFTERWARDS_S = 40.0
+# xl starts a QEMU before it lets an HVM guest run.
+HVM_AFTERWARDS_S = 30.0
 LOAD = {"redis": 4, "http": 4, "echo": 2}
 SCRIPT_TIMEOUT_S = 300.0
 
@@ -154,7 +157,26 @@ def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -
         protection.bed.exec("primary", f"xl destroy {GUEST}")
     after_s = chance.uniform(8, 12)
     plan = Plan(
-        "primary", after_s, after_s + PV_AFTERWARDS_S, LOAD | {"rate": 1, "churn": 0}, {}, colo=False, pv=True
+        "primary",
+        after_s,
+        after_s + PV_AFTERWARDS_S,
+        LOAD | {"rate": 1, "churn": 0},
+        {},
+        colo=False,
+        guest="pv",
     )
     outcome = scenario_trial.run(protection, plan)
     assert outcome.faults == []
+
+
+@pytest.mark.long
+def test_failover_of_an_hvm_guest(protection: Protection, chance: random.Random) -> None:
+    """In a bed whose hosts have QEMU for Xen: its device model is saved with each checkpoint, and made anew from the last."""
+    fresh(protection.bed, Options(device_model=True))
+    after_s = chance.uniform(6, 10)
+    plan = Plan(
+        "primary", after_s, after_s + HVM_AFTERWARDS_S, LOAD, {"interval": 200}, colo=False, guest="hvm"
+    )
+    outcome = scenario_trial.run(protection, plan)
+    assert outcome.faults == []
+    assert outcome.checkpoints["interval"] > 1

@@ -10,6 +10,7 @@ from unittest import mock
 
 from primary_world import VIF, Backup, Faults, World
 
+from remus_colo.adapters.devicemodel import DeviceState
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.checkpoint.periodic import Ended, RoundTimes
 from remus_colo.devices.device import CheckpointedDevice, DeviceSet
@@ -50,7 +51,7 @@ class Output(CheckpointedDevice):
 class Rounds:
     """As :class:`remus_colo.checkpoint.periodic.PeriodicCheckpoints`."""
 
-    device_state = b""
+    device_state = DeviceState()
 
     def __init__(
         self, world: RemusWorld, destination: Any, callbacks: Any, on_round: Callable[[RoundTimes], None]
@@ -127,6 +128,7 @@ class RemusWorld(World):
         )  # fmt: skip
         self.engine.suspender = mock.Mock()  # type: ignore[attr-defined]
         self.engine.dirty_log = True  # type: ignore[attr-defined]
+        self.engine.device_model = None  # type: ignore[attr-defined]
         self.watched = mock.Mock(vifs=[mock.Mock(vif=VIF)])
         self.watched.links.master_of.return_value = None
         return Session(

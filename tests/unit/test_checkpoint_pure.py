@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from remus_colo.checkpoint import birth, hvmcontext, libxlformat, sharedinfo
-from remus_colo.checkpoint.guestinfo import Mode, refuse_config
+from remus_colo.checkpoint.guestinfo import Mode, refuse_config, refuse_device_model, refuse_for_remus
 from remus_colo.checkpoint.mode import MAX_AHEAD_NS, MAX_BEHIND_NS, choose
 from remus_colo.errors import DomainError, MessageError
 
@@ -167,6 +167,40 @@ class TestRefusals:
     def test_what_cannot_work_is_refused_with_words(self, config: dict[str, object], words: str) -> None:
         with pytest.raises(DomainError, match=words):
             refuse_config("web", config)
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            (
+                {"b_info": {"type": "hvm", "device_model_stubdomain": "True"}},
+                "device_model_stubdomain_override=0",
+            ),
+            (
+                {"b_info": {"type": "hvm", "device_model_version": "qemu_xen_traditional"}},
+                "qemu-xen-traditional",
+            ),
+            ({"b_info": {"type": "hvm", "type.hvm": {"nested_hvm": "True"}}}, "nestedhvm=0"),
+            ({"b_info": {"type": "hvm"}, "pcidevs": [{"dev": 1}]}, "xl pci-detach"),
+            ({"b_info": {"type": "pv"}, "usbdevs": [{"ctrl": 1}]}, "xl usbdev-detach"),
+        ],
+    )
+    def test_what_remus_cannot_copy_is_refused_with_words(
+        self, config: dict[str, object], words: str
+    ) -> None:
+        with pytest.raises(DomainError, match=words):
+            refuse_for_remus("web", config)
+
+    def test_hvm_guests_are_welcome_without_colo(self) -> None:
+        stubdomain: dict[str, object] = {
+            "device_model_stubdomain": "<default>",
+            "type.hvm": {"nested_hvm": "False"},
+        }
+        refuse_for_remus("web", {"b_info": {"type": "hvm"} | stubdomain})
+
+    def test_but_not_where_only_libxenguests_stream_goes(self) -> None:
+        refuse_device_model("web", {"b_info": {"type": "pvh"}})
+        with pytest.raises(DomainError, match="protect it by the command remus"):
+            refuse_device_model("web", {"b_info": {"type": "hvm"}})
 
     def test_a_pvh_guest_without_disks_is_welcome(self) -> None:
         refuse_config("web", {"b_info": {"type": "pvh"}, "disks": [{"vdev": "xvdb", "readwrite": 0}]})

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
 pytest.importorskip("pyroute2", reason="pyroute2 is not installed (Debian: python3-pyroute2)")
 
+from remus_colo.adapters.devicemodel import DeviceState
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.checkpoint import libxlformat
 from remus_colo.checkpoint.delta import DeltaDecoder
@@ -62,7 +63,7 @@ def test_checkpoints_over_a_channel(channels: tuple[Channel, Channel], compress:
     sender = CheckpointSender(near, compress=compress, describe=lambda: DESCRIPTION)
     sender.begin_first()
     sender.live(b"all of it")
-    sender.finish_first(b"")
+    sender.finish_first(DeviceState())
     first = receive(far)
     assert [message.type.name for message in first] == [
         "PREPARE",
@@ -74,7 +75,9 @@ def test_checkpoints_over_a_channel(channels: tuple[Channel, Channel], compress:
     decoder = DeltaDecoder()
     for epoch, content in ((2, 1), (3, 1), (4, 2)):
         staged = stream(content)
-        sender.send(epoch, memoryview(staged), b"QEMU" if epoch == 3 else b"")
+        sender.send(
+            epoch, memoryview(staged), DeviceState(b"QEMU", b"nodes") if epoch == 3 else DeviceState()
+        )
         prepare, begin, *middle, end = receive(far)
         assert (prepare.type, begin.type) == (MessageType.PREPARE, MessageType.CHECKPOINT_BEGIN)
         assert begin.fields["length"] == len(staged)
@@ -88,7 +91,7 @@ def test_checkpoints_over_a_channel(channels: tuple[Channel, Channel], compress:
         assert (decoder.decode(pieces, len(staged)) if compress else b"".join(pieces)) == staged
         states = [parse_state(message.data) for message in middle if message.type is MessageType.STATE]
         assert [(name, bytes(data)) for name, data in states] == (
-            [("device-model", b"QEMU")] if epoch == 3 else []
+            [("device-model", b"QEMU"), ("device-model-xenstore", b"nodes")] if epoch == 3 else []
         )
 
 

@@ -17,7 +17,7 @@ from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint import birth, incoming
-from remus_colo.checkpoint.guestinfo import refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import refuse_device_model, refuse_stopped
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.errors import RemusError
 
@@ -74,7 +74,7 @@ def save(
             remus_save.ColoSaver(domain.domid, fd).start()
             return
         config = toolstack.domain_config(domain.domid)
-        refuse_for_remus(
+        refuse_device_model(
             domain.name, config
         )  # or it would be destroyed, and its device model's state be nowhere
         with Guest(domain.domid, writable=False) as guest:
