@@ -18,6 +18,7 @@ from pathlib import Path
 
 from remus_colo.errors import HostError
 
+_APT_HELPER = "/usr/lib/apt/apt-helper"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _RUN_LIMIT_S = 1800
 
@@ -63,9 +64,11 @@ class Release:
             raise HostError(f"{_KEYRING} is missing: install the package debian-archive-keyring")
         self._dir = state_dir
         self._log = log
+        self._archives = [mirror()]
         if sources:
             self._source = f"deb-src [signed-by={_KEYRING}] {mirror()} {suite} main\n"
             if security := _repository("Debian-Security"):
+                self._archives.append(security)
                 self._source += f"deb-src [signed-by={_KEYRING}] {security} {suite}-security main\n"
         else:
             self._source = f"deb [arch=amd64 signed-by={_KEYRING}] {mirror()} {suite} main\n"
@@ -117,6 +120,23 @@ class Release:
         except HostError as error:
             return str(error)
         return None
+
+    def fetch_pool(self, directory: str, name: str, sha256: str, target: Path) -> None:
+        """Fetches a file that the index does not name any more; archives keep files for some time.
+
+        :param directory: in the archive, as the index says of a version that it names.
+        :raise HostError: no archive has it, or it is another one.
+        """
+        failure: HostError | None = None
+        for archive in self._archives:
+            place = f"{archive.rstrip('/')}/{directory}/{name}"
+            try:
+                self._apt(_APT_HELPER, "download-file", place, str(target / name), f"SHA256:{sha256}")
+                return
+            except HostError as error:
+                failure = error
+        assert failure is not None
+        raise failure
 
     def dependency(self, package: str, pattern: str) -> str:
         """The one package that ``package`` depends on and whose name matches ``pattern``."""

@@ -22,11 +22,10 @@ from pathlib import Path
 from remus_colo.errors import HostError, RemusError
 from remus_colo.testbed import cache, machine, xen_packaging, xen_source
 from remus_colo.testbed.ending import exit_on_signals
-from remus_colo.testbed.xen_source import SUITES, XenSource
+from remus_colo.testbed.xen_source import PATCHES, SUITES, XenSource
 
 log = logging.getLogger(__name__)
 
-PATCHES = Path(__file__).resolve().parents[2] / "patches"
 BED_RELEASE = "debian-13"  # whose packages the test bed's dom0 is made of
 JOBS = 2
 SCRATCH = "xen-building-"

@@ -26,6 +26,7 @@ from remus_colo.testbed.commands import run
 
 log = logging.getLogger(__name__)
 
+PATCHES = Path(__file__).resolve().parents[2] / "patches"
 PACKAGE = "xen"
 SUITES = {"debian-13": "trixie", "debian-12": "bookworm"}
 _ARCHIVES = (".orig.tar.xz", ".debian.tar.xz")  # XenSource's upstream and debian
@@ -120,12 +121,13 @@ def _fetch_newest(release: str) -> SourceRecord:
     """Put the newest version that can be had into the cache.
 
     A mirror may lag behind its own index, or lack what only the security archive has: then the next older version
-    is taken, and said so.
+    is taken, and said so; at last the one for which the series was made, which archives keep for a while.
     """
     suite = SUITES[release]
     apt = guest_debian.Release(suite, cache.cache_dir() / f"source-apt-{suite}", log.info, sources=True)
     apt.update()
-    candidates = records(apt.show_source(PACKAGE))
+    shown = apt.show_source(PACKAGE)
+    candidates = records(shown)
     if not candidates:
         raise HostError(
             f"apt found no source package {PACKAGE} of Debian {suite}: name another mirror in REMUS_COLO_MIRROR"
@@ -138,7 +140,35 @@ def _fetch_newest(release: str) -> SourceRecord:
         except HostError as error:
             log.warning("version %s of %s cannot be had: %s", record.version, PACKAGE, error)
             failures.append(str(error))
-    raise HostError(f"no version of Debian {suite}'s source package {PACKAGE} can be had: {failures[0]}")
+    base = _base(release)
+    places = set(re.findall(r"^Directory: (\S+)$", shown, re.MULTILINE))
+    for place in sorted(places):
+        try:
+            cache.entry("xen-source", _entry_recipe(base), functools.partial(_fetch_base, apt, place, base))
+        except HostError as error:
+            failures.append(str(error))
+        else:
+            log.warning("taking version %s, for which the series was made", base.version)
+            return base
+    raise HostError(
+        f"no version of Debian {suite}'s source package {PACKAGE} can be had: {failures[0]}; nor can {base.version}, "
+        f"for which the series was made: {failures[-1]}"
+    )
+
+
+def _base(release: str) -> SourceRecord:
+    """The version for which our series of patches was made."""
+    known = json.loads((PATCHES / release / "base.json").read_text())
+    return SourceRecord(known["version"], known["archives"])
+
+
+def _fetch_base(apt: guest_debian.Release, directory: str, record: SourceRecord, path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="xen-fetching-", dir=cache.cache_dir()) as scratch:
+        for name, digest in record.archives.items():
+            apt.fetch_pool(directory, name, digest, Path(scratch))
+        path.mkdir()
+        for name in record.archives:
+            shutil.move(Path(scratch) / name, path / name)
 
 
 def _fetch(apt: guest_debian.Release, record: SourceRecord, path: Path) -> None:

@@ -134,3 +134,61 @@ def ended(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+class Archives:
+    """As :class:`guest_debian.Release`, whose index names what its pool has not got.
+
+    :param pool: files by name.
+    """
+
+    def __init__(self, pool: dict[str, bytes]) -> None:
+        self.pool = pool
+        self.asked: list[str] = []
+
+    def __call__(self, *_: object, **__: object) -> Archives:
+        return self
+
+    def update(self) -> None:
+        pass
+
+    def show_source(self, package: str) -> str:
+        return SHOWN
+
+    def fetch_source(self, package: str, version: str, target: Path) -> str:
+        self.asked.append(version)
+        return "404 Not Found"
+
+    def fetch_pool(self, directory: str, name: str, sha256: str, target: Path) -> None:
+        assert directory == "pool/main/x/xen"
+        if name not in self.pool:
+            raise HostError(f"404 for {name}")
+        (target / name).write_bytes(self.pool[name])
+
+
+@pytest.mark.skipif(not shutil.which("dpkg"), reason="no dpkg to compare versions")
+@pytest.mark.parametrize("there", [True, False])
+def test_an_index_ahead_of_its_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    base = xen_source._base("debian-13")
+    archives = Archives(dict.fromkeys(base.archives, b"content") if there else {})
+    monkeypatch.setenv("REMUS_COLO_CACHE", str(tmp_path))
+    monkeypatch.setattr(xen_source.guest_debian, "Release", archives)
+    if there:
+        found = xen_source.source("debian-13")
+        assert (found.version, found.upstream.read_bytes()) == (base.version, b"content")
+    else:
+        with pytest.raises(
+            HostError, match=r"404 Not Found; nor can 4[.]20.*for which the series was made: 404 for"
+        ):
+            xen_source.source("debian-13")
+    assert archives.asked[0] == "4.20.10-1"
+
+
+@pytest.mark.parametrize("release", xen_source.SUITES)
+def test_each_series_tells_what_it_was_made_for(release: str) -> None:
+    base = xen_source._base(release)
+    assert sorted(name.partition(".orig")[0].endswith(".debian.tar.xz") for name in base.archives) == [
+        False,
+        True,
+    ]
+    assert all(len(digest) == 64 for digest in base.archives.values())
