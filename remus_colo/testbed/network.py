@@ -107,7 +107,9 @@ class BedNetwork:
             f"neigh replace {net.mgmt} lladdr {mac(self.bed, net.host, 'mgmt')} dev mgmt nud permanent"
             for net in HOSTS.values()
         ]
-        self._batch("mgmt", f"addr add {MGMT_GATEWAY}/24 dev mgmt", *known)
+        # A bridge takes over the address of a port, and forgets its neighbours each time, unless it has one of its own.
+        own = f"link set mgmt address {mac(self.bed, 'bridge', 'mgmt')}"
+        self._batch("mgmt", own, f"addr add {MGMT_GATEWAY}/24 dev mgmt", *known)
         client = self.namespace("client")
         self._batch("lan", f"link add lan-client type veth peer name eth0 netns {client}",
                     "link set lan-client master lan", "link set lan-client up")  # fmt: skip

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from remus_colo.testbed import netns
+from remus_colo.testbed.commands import run
 from remus_colo.testbed.errors import BedError
-from remus_colo.testbed.network import CLIENT_ADDRESS, NIC_ROLES, BedNetwork
+from remus_colo.testbed.network import CLIENT_ADDRESS, HOSTS, NIC_ROLES, BedNetwork
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/net/tun"), reason="needs root and /dev/net/tun"
@@ -113,6 +114,21 @@ def test_taps_vanish_with_their_owner_and_can_be_made_again(network):
 def test_a_second_host_of_the_same_name_is_refused(network, taps):
     with pytest.raises(BedError, match="cannot make the tap"):
         network.open_taps("primary")
+
+
+def test_a_host_that_does_not_answer_yet_is_no_unknown_one(network):
+    """Or a login while it boots would end at once: no route to host."""
+    for host in HOSTS.values():  # as it is after a boot, and after another one
+        for fd in network.open_taps(host.host).values():
+            os.close(fd)
+    with contextlib.ExitStack() as stack:
+        for fd in network.open_taps("primary").values():
+            stack.callback(os.close, fd)
+        with netns.entered(network.namespace("mgmt")):
+            shown = run(["ip", "neigh", "show", "dev", "mgmt"], timeout_s=DEADLINE_S).stdout
+    assert {line.split()[0] for line in shown.splitlines() if "PERMANENT" in line} == {
+        host.mgmt for host in HOSTS.values()
+    }
 
 
 def test_what_exists_is_not_made_again_and_removing_can_be_repeated(network):
