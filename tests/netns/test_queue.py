@@ -49,7 +49,11 @@ class Held:
         self.ethertypes.add(ethertype)
 
     def wait_for(self, number: int) -> list[int]:
-        wait_until(lambda: self.queue.process() + len(self.packets) >= number, f"{number} held packets")
+        def arrived() -> bool:
+            self.queue.process()
+            return len(self.packets) >= number
+
+        wait_until(arrived, f"{number} held packets")
         assert len(self.packets) == number
         return list(self.packets)
 
