@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from remus_colo.adapters import bpf
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.errors import RemusError
-from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.failover.arbiter import LanProbe, Verdict, of_all
 from remus_colo.proxy import announce
 
 log = logging.getLogger(__name__)
 
 ETHERTYPE_ARP = 0x0806
 PROBE_INTERVAL_S = 0.1
+CLIENTS_ASKED = 4
 
 
 def mac_bytes(text: str) -> bytes:
@@ -42,41 +46,75 @@ def uplinks(bridge: str) -> list[str]:
     return [port for port in ports if not port.startswith(("vif", "tap"))]
 
 
-def probe_guest(
-    ifname: str,
-    own_mac: bytes,
-    guest_mac: bytes,
-    guest_addresses: list[IPv4Address],
-    client_addresses: list[IPv4Address],
-    probe: LanProbe,
-) -> Verdict:
-    """Does the guest answer on the LAN, from another host?  Then that one is alive, and only the link to it is lost.
+@dataclass(frozen=True, slots=True)
+class LanSide:
+    """A vif's LAN, to be asked for the guest.
 
-    :param ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is at that, its uplink.
-    :param own_mac: the bridge's.
-    :param guest_addresses: IPv4 addresses that the guest has been seen to use.
-    :param client_addresses: of others, whose answers prove that the LAN works.
+    :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is at that, its uplink.
+    :ivar own_mac: the bridge's.
+    :ivar guest_addresses: IPv4 addresses that the guest has been seen to use.
+    :ivar client_addresses: of others, whose answers prove that the LAN works.
     """
-    with RawLink(ifname, bpf.ethertype(ETHERTYPE_ARP)) as raw:
+
+    ifname: str
+    own_mac: bytes
+    guest_mac: bytes
+    guest_addresses: Sequence[IPv4Address]
+    client_addresses: Sequence[IPv4Address]
+
+
+class _Probed:
+    """A LAN while it is asked."""
+
+    def __init__(self, side: LanSide, raw: RawLink, window_s: float) -> None:
+        self.raw = raw
+        self._side = side
+        self._probe = LanProbe(window_s, window_s / 2)
+        self._peer_answers = False
+        self._lan_works = not side.client_addresses  # nobody is known who could prove it
+
+    def verdict(self, now_s: float) -> Verdict | None:
+        return self._probe.observe(now_s, peer_answers=self._peer_answers, lan_works=self._lan_works)
+
+    def ask(self) -> None:
+        for address in [*self._side.guest_addresses, *self._side.client_addresses[:CLIENTS_ASKED]]:
+            try:
+                self.raw.send(announce.arp_probe(self._side.own_mac, address))
+            except RemusError as error:
+                log.debug("%s", error)
+
+    def hear(self) -> None:
+        while (frame := self.raw.recv()) is not None:
+            if frame.source_mac == self._side.guest_mac:
+                self._peer_answers = True
+            elif frame.source_mac != self._side.own_mac:
+                self._lan_works = True
+
+
+def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
+    """Does the guest answer on one of its LANs, from another host?  Then that one is alive, and only the link to it is lost.
+
+    All are asked at the same time: each more would else lengthen the outage by a window.
+
+    :param window_s: so long a silence means that it does not.
+    """
+    if not sides:
+        return Verdict.UNKNOWN
+    with contextlib.ExitStack() as stack:
+        lans = [
+            _Probed(side, stack.enter_context(RawLink(side.ifname, bpf.ethertype(ETHERTYPE_ARP))), window_s)
+            for side in sides
+        ]
         next_s = 0.0
-        peer_answers = lan_works = False
-        lan_works = not client_addresses  # nobody is known who could prove it
         while True:
             now_s = time.monotonic()
-            verdict = probe.observe(now_s, peer_answers=peer_answers, lan_works=lan_works)
-            if verdict is not None:
-                return verdict
+            verdicts = [verdict for lan in lans if (verdict := lan.verdict(now_s)) is not None]
+            if Verdict.ALIVE in verdicts or len(verdicts) == len(lans):
+                return of_all(verdicts)
             if now_s >= next_s:
                 next_s = now_s + PROBE_INTERVAL_S
-                for address in [*guest_addresses, *client_addresses[:4]]:
-                    try:
-                        raw.send(announce.arp_probe(own_mac, address))
-                    except RemusError as error:
-                        log.debug("%s", error)
-            select.select([raw], [], [], max(0.0, next_s - now_s))
-            peer_answers = False
-            while (frame := raw.recv()) is not None:
-                if frame.source_mac == guest_mac:
-                    peer_answers = True
-                elif frame.source_mac != own_mac:
-                    lan_works = True
+                for lan in lans:
+                    lan.ask()
+            select.select([lan.raw for lan in lans], [], [], max(0.0, next_s - now_s))
+            for lan in lans:
+                lan.hear()

@@ -18,9 +18,9 @@ from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import RemusError
-from remus_colo.failover.arbiter import ACTIVE, LanProbe, Verdict, of_all
+from remus_colo.failover.arbiter import ACTIVE
 from remus_colo.session.addresses import AddressWatch, Known
-from remus_colo.session.lan import ETHERTYPE_ARP, mac_bytes, probe_guest, uplinks
+from remus_colo.session.lan import ETHERTYPE_ARP, LanSide, mac_bytes, probe_guest, uplinks
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -95,18 +95,18 @@ class LanWatch:
             return True
         if not self._uplinks:
             return False if not self._vifs else None
-        verdicts = []
-        for uplink in self._uplinks:
-            seen = known.get(uplink.handle, Known())
-            guest = [IPv4Address(address) for address in seen.addresses]
-            others = [IPv4Address(address) for address in seen.neighbours]
-            probe = LanProbe(window_s, window_s / 2)
-            verdicts.append(
-                probe_guest(uplink.ifname, uplink.own_mac, uplink.guest_mac, guest, others, probe)
-            )
-            if verdicts[-1] is Verdict.ALIVE:
-                break
-        return True if self.conflict() else ACTIVE[of_all(verdicts)]
+        verdict = probe_guest([self._side_of(uplink, known) for uplink in self._uplinks], window_s)
+        return True if self.conflict() else ACTIVE[verdict]
+
+    def _side_of(self, uplink: Uplink, known: Mapping[int, Known]) -> LanSide:
+        seen = known.get(uplink.handle, Known())
+        return LanSide(
+            uplink.ifname,
+            uplink.own_mac,
+            uplink.guest_mac,
+            [IPv4Address(address) for address in seen.addresses],
+            [IPv4Address(address) for address in seen.neighbours],
+        )
 
     def close(self) -> None:
         for watch in self._addresses.values():

@@ -24,7 +24,7 @@ from remus_colo.checkpoint.delta import DeltaDecoder
 from remus_colo.checkpoint.guestinfo import domain_kind
 from remus_colo.checkpoint.receiver import INCOMING_SUFFIX, Receiver
 from remus_colo.errors import DomainError, MessageError, RemusError, StateError
-from remus_colo.failover.arbiter import LanProbe, Verdict
+from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import BackupEvent as E
 from remus_colo.failover.backup import BackupState
 from remus_colo.proxy import announce
@@ -33,7 +33,7 @@ from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.backup import ANNOUNCE_REPEATS, BackupConfig, BackupSession
 from remus_colo.session.creation import RemusCreation
-from remus_colo.session.lan import mac_bytes, probe_guest
+from remus_colo.session.lan import LanSide, mac_bytes, probe_guest
 from remus_colo.session.peer import Peer
 from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE, DEVICE_MODEL_XENSTORE
 
@@ -234,25 +234,18 @@ class RemusBackupSession(BackupSession):
     def _look_at_lan(self, window_s: float) -> Verdict:
         # A guest that stands still for a checkpoint does not answer either.
         window_s = max(window_s, self._longest_pause_s * PAUSES_PER_WINDOW)
-        verdicts = [Verdict.UNKNOWN] if not self.creation.handles else []
-        for index, handle in enumerate(self.creation.handles):
-            bridge = self._bridge_of(index)
-            with Links() as links:
-                own_mac = mac_bytes(links.mac(bridge))
-            verdicts.append(
-                probe_guest(
-                    bridge,
-                    own_mac,
+        with Links() as links:  # a thread's own
+            sides = [
+                LanSide(
+                    bridge := self._bridge_of(index),
+                    mac_bytes(links.mac(bridge)),
                     self._mac_of(index),
                     self._addresses.get(handle, []),
                     self._neighbours.get(handle, []),
-                    LanProbe(window_s, window_s / 2),
                 )
-            )
-        for verdict in (Verdict.ALIVE, Verdict.UNKNOWN):
-            if verdict in verdicts:
-                return verdict
-        return Verdict.DEAD
+                for index, handle in enumerate(self.creation.handles)
+            ]
+        return probe_guest(sides, window_s)
 
     def _mac_of(self, index: int) -> bytes:
         """:raise DomainError: the vif has none."""

@@ -10,11 +10,11 @@ from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import DomainError, RemusError
-from remus_colo.failover.arbiter import LanProbe, Verdict, of_all
+from remus_colo.failover.arbiter import Verdict
 from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.session.creation import Creation
-from remus_colo.session.lan import ipv4_of, mac_bytes, probe_guest, uplinks
+from remus_colo.session.lan import LanSide, ipv4_of, mac_bytes, probe_guest, uplinks
 
 log = logging.getLogger(__name__)
 
@@ -61,23 +61,17 @@ class SvmLan:
 
         :param window_s: so long a silence means that it does not.
         """
-        if not self._vifs:
-            return Verdict.UNKNOWN
-        verdicts = []
-        for vif in self._vifs:
-            path = self._path.vifs[vif.handle]
-            bridge = self.bridge_of(vif.handle)
-            verdicts.append(
-                probe_guest(
-                    bridge,
-                    mac_bytes(self._path.links.mac(bridge)),
-                    self.mac_of(vif),
-                    ipv4_of(path.guest_addresses),
-                    ipv4_of(path.client_addresses),
-                    LanProbe(window_s, window_s / 2),
-                )
-            )
-        return of_all(verdicts)
+        return probe_guest([self._side_of(vif) for vif in self._vifs], window_s)
+
+    def _side_of(self, vif: Vif) -> LanSide:
+        path, bridge = self._path.vifs[vif.handle], self.bridge_of(vif.handle)
+        return LanSide(
+            bridge,
+            mac_bytes(self._path.links.mac(bridge)),
+            self.mac_of(vif),
+            ipv4_of(path.guest_addresses),
+            ipv4_of(path.client_addresses),
+        )
 
     def expect_outage(self) -> None:
         """The primary is late: from now on what is said on either side is kept."""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A backup asks the LANs of a guest with two vifs whether it still answers there."""
+
+from __future__ import annotations
+
+import threading
+from ipaddress import IPv4Address
+
+import pytest
+from conftest import CLIENT_IP, DEADLINE_S, GUEST_IP, VIF, Network, run
+
+from remus_colo.adapters.netlink import Links
+from remus_colo.failover.arbiter import Verdict
+from remus_colo.session.lan import LanSide, mac_bytes, probe_guest
+
+WINDOW_S = 0.4
+NEVER_S = 3600.0
+OTHER_GUEST_IP, OTHER_CLIENT_IP = "198.51.100.2", "198.51.100.1"
+
+
+@pytest.fixture
+def sides(net: Network, links: Links) -> list[LanSide]:
+    """Of the second LAN, where nobody has the guest's address, and of the first, where the guest is."""
+    net.add_namespace("other")
+    run("ip", "link", "add", "br1", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
+    run("ip", "link", "set", "br1", "up")
+    net.add_port("lan1", "other", "o0", OTHER_CLIENT_IP, "02:00:00:00:01:01", bridge="br1")
+    return [
+        LanSide(
+            bridge, mac_bytes(links.mac(bridge)), mac_bytes(mac), [IPv4Address(guest)], [IPv4Address(client)]
+        )
+        for bridge, mac, guest, client in (
+            ("br1", "02:00:00:00:01:02", OTHER_GUEST_IP, OTHER_CLIENT_IP),
+            ("br0", "02:00:00:00:00:02", GUEST_IP, CLIENT_IP),
+        )
+    ]
+
+
+def test_an_answer_on_one_lan_does_not_wait_for_the_others(sides: list[LanSide]) -> None:
+    verdicts: list[Verdict] = []
+    asking = threading.Thread(target=lambda: verdicts.append(probe_guest(sides, NEVER_S)), daemon=True)
+    asking.start()
+    asking.join(DEADLINE_S)
+    assert verdicts == [Verdict.ALIVE]
+
+
+def test_silence_everywhere(sides: list[LanSide], links: Links) -> None:
+    links.delete_link(VIF)
+    assert probe_guest(sides, WINDOW_S) is Verdict.DEAD
+
+
+def test_one_lan_that_does_not_work_leaves_it_open(net: Network, sides: list[LanSide], links: Links) -> None:
+    links.delete_link(VIF)
+    with net.inside("other"):
+        run("ip", "link", "set", "o0", "down")
+    assert probe_guest(sides, WINDOW_S) is Verdict.UNKNOWN
+
+
+def test_nowhere_to_ask() -> None:
+    assert probe_guest([], WINDOW_S) is Verdict.UNKNOWN
