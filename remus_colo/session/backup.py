@@ -34,7 +34,8 @@ from remus_colo.session.steps import each
 log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 1.0
-SUSPECT_AFTER = 0.5  # of the heartbeat time-out
+# Of the heartbeat time-out. A look at the LAN (PROBE_WINDOW) that begins then has ended when the primary counts as lost.
+SUSPECT_AFTER = 0.45
 LATE_AFTER = 2  # heartbeats: one may be held up
 ANNOUNCE_REPEATS = 3  # a switch or a host may miss the first
 ANNOUNCE_INTERVAL_S = 0.5
@@ -211,7 +212,7 @@ class BackupSession(abc.ABC):
         :raise Exception: an error that nobody expected has ended it.
         """
         self.loop.call(lambda: self.handle(E.CREATE))
-        self.loop.call_later(self.peer.next_look_s(), self._check_peer)
+        self._look_again()
         self.loop.call_later(GUEST_CHECK_S, self._check_guest)
         self.peer.start()
         try:
@@ -347,12 +348,20 @@ class BackupSession(abc.ABC):
             self._end_stream()
             self.handle(E.PRIMARY_LOST, reason=reason)
 
+    @property
+    def _suspect_s(self) -> float:
+        """The silence that makes the primary suspect."""
+        return self.creation.heartbeat.timeout_s * SUSPECT_AFTER
+
+    def _look_again(self) -> None:
+        self.loop.call_later(self.peer.next_look_s(self._suspect_s), self._check_peer)
+
     def _check_peer(self) -> None:
-        self.loop.call_later(self.peer.next_look_s(), self._check_peer)
+        self._look_again()
         if self._peer_lost or self.machine.final:
             return
         silence_s = self.peer.silence_s()
-        suspect_s = self.creation.heartbeat.timeout_s * SUSPECT_AFTER
+        suspect_s = self._suspect_s
         self._on_heartbeats(
             missing=silence_s > min(self.creation.heartbeat.interval_s * LATE_AFTER, suspect_s)
         )

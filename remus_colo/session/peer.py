@@ -222,12 +222,15 @@ class Peer:
         with self._lock:
             return self.monitor.silence_s(time.monotonic())
 
-    def next_look_s(self) -> float:
-        """After what time to ask :meth:`expired` again: as soon as it may have, and at each heartbeat's time in any case."""
+    def next_look_s(self, *noticed_s: float) -> float:
+        """After what time to look again: as soon as it may have expired, and at each heartbeat's time in any case.
+
+        :param noticed_s: shorter silences that are to be noticed as soon as they are reached.
+        """
         with self._lock:
-            deadline_s = self.monitor.deadline_s
-        left_s = 0.0 if deadline_s is None else deadline_s - time.monotonic()
-        return min(self.config.interval_s, left_s + LOOK_SLACK_S) if left_s > 0 else self.config.interval_s
+            silence_s = self.monitor.silence_s(time.monotonic())
+        left_s = [limit_s - silence_s for limit_s in (self.monitor.timeout_s, *noticed_s)]
+        return min([self.config.interval_s, *(left + LOOK_SLACK_S for left in left_s if left > 0)])
 
     def expired(self) -> bool:
         """Whether the other host has been silent for too long: not while it is we who do not listen."""

@@ -17,7 +17,7 @@ from remus_colo.failover.heartbeat import PeerMonitor
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session import inbox, peer, primary
+from remus_colo.session import backup, inbox, peer, primary
 from remus_colo.session.inbox import Inbox
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
@@ -177,8 +177,16 @@ def test_a_silent_host_is_looked_at_when_it_may_be_lost() -> None:
         both.peer.monitor.beat(now_s - timeout_s + interval_s / 2)
         assert 0 < both.peer.next_look_s() <= interval_s / 2 + peer.LOOK_SLACK_S
         both.peer.monitor = PeerMonitor(timeout_s)
+        both.peer.monitor.beat(now_s - timeout_s / 2 + interval_s / 2)
+        assert 0 < both.peer.next_look_s(timeout_s / 2) <= interval_s / 2 + peer.LOOK_SLACK_S
+        both.peer.monitor = PeerMonitor(timeout_s)
         both.peer.monitor.beat(now_s - 2 * timeout_s)
         assert both.peer.next_look_s() == interval_s  # it is lost: nothing to wait for
+
+
+def test_a_look_at_the_lan_is_long_enough_and_done_in_time() -> None:
+    """Longer than a primary that is alive may be frozen without knowing it, and over when that one counts as lost."""
+    assert peer.SELF_LIMIT < peer.PROBE_WINDOW < 1 - backup.SUSPECT_AFTER
 
 
 def test_the_primary_gives_its_backup_one_heartbeat_less() -> None:
