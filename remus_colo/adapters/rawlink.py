@@ -189,3 +189,34 @@ class CopyingTap:
 
     def close(self) -> None:
         self._socket.close()
+
+
+class RawSender:
+    """Sends frames through links, each by its name, never blocking.  Belongs to one thread.
+
+    To be kept, where frames are sent now and again: the close of any such socket waits for an RCU grace period
+    (``packet_release`` of Linux: ``synchronize_net``), 10 ms and more.
+
+    :raise HostError: no permission.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # protocol 0: receives nothing
+        except OSError as exc:
+            raise HostError(f"cannot send frames: {exc.strerror}; run as root") from exc
+        self._socket.setblocking(False)
+
+    def send(self, ifname: str, frame: bytes) -> None:
+        """Send a whole frame, from the destination address on, without checksum.
+
+        :raise NetworkError: the link is down or gone, its queue is full, or the frame exceeds its MTU.
+        """
+        _, _, ethertype = _HEADER.unpack_from(frame)
+        try:
+            self._socket.sendto(frame, (ifname, ethertype))
+        except OSError as exc:
+            raise NetworkError(f"cannot send {len(frame)} bytes on {ifname}: {exc.strerror}") from exc
+
+    def close(self) -> None:
+        self._socket.close()

@@ -14,13 +14,12 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import PacketQueue, open_queue, queues_in_use
 from remus_colo.adapters.packetqueue_native import NativeQueue
-from remus_colo.adapters.rawlink import Frame, RawLink
+from remus_colo.adapters.rawlink import Frame, RawSender
 from remus_colo.adapters.rewriting_native import RewritingTurns
 from remus_colo.errors import RemusError
 from remus_colo.proxy import announce
@@ -50,7 +49,7 @@ def bridge_name(tag: str, handle: int) -> str:
 class SvmVifPath:
     """One vif of the SVM."""
 
-    def __init__(self, loop: Loop, links: Links, tag: str, handle: int) -> None:
+    def __init__(self, loop: Loop, links: Links, sender: RawSender, tag: str, handle: int) -> None:
         self.bridge = bridge_name(tag, handle)
         self.tunnel_ifname = backup_ifname(tag, handle)
         self.handle = handle
@@ -62,6 +61,7 @@ class SvmVifPath:
         self._mac = NO_MAC
         self._loop = loop
         self._links = links
+        self._sender = sender
         self._outage: Outage | None = None
         self._from_guest: PacketQueue | None = None
         self._to_guest: PacketQueue | None = None
@@ -163,10 +163,10 @@ class SvmVifPath:
     def _give(self, packet: bytes) -> None:
         """Give the guest a packet that the rewriter had kept back: past the bridge, straight into the vif."""
         assert self.vif is not None
+        ethertype = ETHERTYPE_IPV6 if packet[0] >> 4 == 6 else ETHERTYPE_IP
+        frame = announce.ethernet(self._mac, LOCAL_MAC, ethertype, packet)
         try:
-            with RawLink(self.vif.ifname) as raw:
-                ethertype = ETHERTYPE_IPV6 if packet[0] >> 4 == 6 else ETHERTYPE_IP
-                raw.send(announce.ethernet(self._mac, LOCAL_MAC, ethertype, packet))
+            self._sender.send(self.vif.ifname, frame)
         except RemusError as error:
             log.debug("a packet kept back was lost: %s", error)
 
@@ -179,11 +179,15 @@ class SvmVifPath:
             queue.drop(packet_id)
 
     def open_lan(self, lan_bridge: str) -> None:
-        """The SVM is the guest now: its vif moves to the LAN, the isolated part goes."""
+        """The SVM is the guest now: its vif moves to the LAN."""
         assert self.vif is not None
         self._links.set_master(self.vif.ifname, lan_bridge)
-        self._links.delete_link(self.tunnel_ifname)
-        self._links.delete_link(self.bridge)
+
+    def delete_isolated(self) -> None:
+        """The vif has moved: the tunnel and the isolated bridge go. From any thread: own socket, and it takes a while."""
+        with Links() as links:
+            links.delete_link(self.tunnel_ifname)
+            links.delete_link(self.bridge)
 
     # -- an outage, see outage.py
 
@@ -210,26 +214,27 @@ class SvmVifPath:
         outage, self._outage = self._outage, None
         if outage is None:
             return {"to_guest": 0, "to_lan": 0}
-        with RawLink(lan_bridge, bpf.nothing) as lan:
 
-            def to_guest(frame: Frame, packet: bytes) -> None:
-                packet = _summed(frame, packet)
-                changed = self.rewriter.to_guest(time.monotonic(), packet)
-                if changed != b"":
-                    self._give(packet if changed is None else changed)
+        def to_guest(frame: Frame, packet: bytes) -> None:
+            packet = _summed(frame, packet)
+            changed = self.rewriter.to_guest(time.monotonic(), packet)
+            if changed != b"":
+                self._give(packet if changed is None else changed)
 
-            def to_lan(frame: Frame, packet: bytes) -> None:
-                packet = _summed(frame, packet)
-                changed = self.rewriter.from_guest(time.monotonic(), packet)
-                if changed == b"":
-                    return
-                packet = packet if changed is None else changed
-                try:
-                    lan.send(announce.ethernet(frame.destination_mac, self._mac, frame.ethertype, packet))
-                except RemusError as error:
-                    log.debug("left to the guest to repeat: %s", error)
+        def to_lan(frame: Frame, packet: bytes) -> None:
+            packet = _summed(frame, packet)
+            changed = self.rewriter.from_guest(time.monotonic(), packet)
+            if changed == b"":
+                return
+            packet = packet if changed is None else changed
+            try:
+                self._sender.send(
+                    lan_bridge, announce.ethernet(frame.destination_mac, self._mac, frame.ethertype, packet)
+                )
+            except RemusError as error:
+                log.debug("left to the guest to repeat: %s", error)
 
-            return outage.make_good(to_guest, to_lan)
+        return outage.make_good(to_guest, to_lan)
 
     def reset(self) -> None:
         """The SVM is a copy of the PVM as it is now."""
@@ -265,9 +270,10 @@ class BackupPath:
 
     def __init__(self, loop: Loop, tag: str, handles: list[int]) -> None:
         self.links = Links()
+        self._sender = RawSender()
         self.tag = tag
         self.rules: QueueRules | None = None
-        self.vifs = {handle: SvmVifPath(loop, self.links, tag, handle) for handle in handles}
+        self.vifs = {handle: SvmVifPath(loop, self.links, self._sender, tag, handle) for handle in handles}
         self._loop = loop
         self._expire()
 
@@ -309,4 +315,5 @@ class BackupPath:
                 self.rules.remove()
             except RemusError as error:
                 log.warning("while removing the packet rules: %s", error)
+        self._sender.close()
         self.links.close()

@@ -296,6 +296,7 @@ class ColoBackupSession(BackupSession):
             steps.append(
                 functools.partial(toolstack.rename, self.domid, self.creation.config["c_info"]["name"])
             )
+        steps.append(self.lan.close_isolated)
         try:
             each(steps)
         except RemusError as error:

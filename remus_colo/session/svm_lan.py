@@ -15,6 +15,7 @@ from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.session.creation import Creation
 from remus_colo.session.lan import LanSide, ipv4_of, mac_bytes, probe_guest, uplinks
+from remus_colo.session.steps import each
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,10 @@ class SvmLan:
         made_good = path.make_good(bridge)
         self._store.write(f"{vif.backend}/bridge", bridge)
         return made_good
+
+    def close_isolated(self) -> None:
+        """What led from the primary to the vifs goes. From any thread."""
+        each([self._path.vifs[handle].delete_isolated for handle in self._opened])
 
     def settle(self, config: dict[str, Any]) -> None:
         """Have the vifs where they are now in the SVM's configuration, which has them in a bridge of protection's.

@@ -32,7 +32,9 @@ from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.nft import QueueRules
 from remus_colo.adapters.packetqueue import Form
+from remus_colo.adapters.rawlink import RawSender
 from remus_colo.proxy.backup_path import SvmVifPath
+from remus_colo.proxy.primary_path import Tunnel
 from remus_colo.session.loop import Loop
 
 pytestmark = pytest.mark.usefixtures("queue_form")
@@ -47,7 +49,8 @@ APART = 123456  # the PVM's initial sequence number minus the SVM's
 class Path:
     def __init__(self, links: Links, rules: QueueRules) -> None:
         self.loop = Loop()
-        self.vif = SvmVifPath(self.loop, links, "abcdef", 0)
+        self._sender = RawSender()
+        self.vif = SvmVifPath(self.loop, links, self._sender, "abcdef", 0)
         self.vif.open_queues(Vif(7, 0), GUEST_MAC, rules)
 
     def pump(self) -> None:
@@ -57,6 +60,7 @@ class Path:
 
     def close(self) -> None:
         self.vif.close()
+        self._sender.close()
         self.loop.close()
 
 
@@ -297,3 +301,17 @@ def test_addresses_are_learnt_by_arp(net: Network, rules: QueueRules, path: Path
     net.socket("guest").sendto(b"x", ("10.77.0.99", 1))  # there is nobody: who-has
     wait_until(lambda: path.pump() or path.vif.guest_addresses.addresses, "an address")
     assert path.vif.guest_addresses.addresses == [IPv4Address(GUEST_IP)]
+
+
+def test_the_vif_moves_to_the_lan_and_what_led_to_it_goes(path: Path, links: Links) -> None:
+    vif = path.vif
+    assert vif.vif is not None
+    vif.start(Tunnel(0, 0, None, None), 1500)
+    links.set_master(vif.vif.ifname, vif.bridge)
+    vif.open_lan("br0")
+    assert links.master_of(vif.vif.ifname) == "br0"
+    for _ in range(2):
+        vif.delete_isolated()
+        assert not links.exists(vif.bridge)
+        assert not links.exists(vif.tunnel_ifname)
+    assert links.master_of(vif.vif.ifname) == "br0"

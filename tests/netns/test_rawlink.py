@@ -11,7 +11,7 @@ from conftest import CLIENT_IP, GUEST_IP, VIF, Network, receive, run, wait_until
 
 from remus_colo.adapters import bpf
 from remus_colo.adapters.netlink import Links
-from remus_colo.adapters.rawlink import Frame, RawLink
+from remus_colo.adapters.rawlink import Frame, RawLink, RawSender
 from remus_colo.errors import NetworkError, StateError
 
 GUEST_MAC = bytes.fromhex("020000000002")
@@ -120,3 +120,34 @@ def test_counts_what_is_not_read_in_time(net: Network) -> None:
             got += 1
         assert got + raw.dropped() == 100
         assert raw.dropped() > 0
+
+
+@pytest.fixture
+def sender(net: Network) -> Iterator[RawSender]:
+    made = RawSender()
+    yield made
+    made.close()
+
+
+def test_a_sender_goes_by_name_also_to_a_link_made_anew(
+    net: Network, links: Links, sender: RawSender
+) -> None:
+    frame = GUEST_MAC + bytes.fromhex("02000000000a") + b"\x88\xb5" + bytes(range(100))
+    arrivals = net.sniffer("guest", "eth0")
+    sender.send(VIF, frame)
+    assert receive(arrivals, 1) == [frame]
+    links.delete_link(VIF)
+    with pytest.raises(NetworkError, match=f"on {VIF}: No such device"):
+        sender.send(VIF, frame)
+    net.add_port(VIF, "guest", "eth0", GUEST_IP, "02:00:00:00:00:02")
+    arrivals = net.sniffer("guest", "eth0")
+    sender.send(VIF, frame)
+    assert receive(arrivals, 1) == [frame]
+
+
+def test_a_sender_refuses_what_the_link_does(net: Network, links: Links, sender: RawSender) -> None:
+    with pytest.raises(NetworkError, match="cannot send 3000 bytes"):
+        sender.send(VIF, bytes(3000))
+    run("ip", "link", "set", VIF, "down")
+    with pytest.raises(NetworkError, match="Network is down"):
+        sender.send(VIF, bytes(60))

@@ -124,6 +124,9 @@ class SvmVifPath:
         self._step("open_lan")
         self.in_lan = True
 
+    def delete_isolated(self) -> None:
+        self._step("delete_isolated")
+
     def make_good(self, bridge: str) -> dict[str, int]:
         self._step("make_good")
         return {"to_guest": 0, "to_lan": 0}
