@@ -135,16 +135,18 @@ class Outage:
         :return: how many segments went where: ``to_guest`` and ``to_lan``.
         """
         self._read_all()
-        self.close()
         clients = self._to_guest.take()
         # A handshake's first half nobody waits for: whoever begins a connection repeats his SYN himself.
         guest = [
             (frame, segment) for frame, segment in self._from_guest.take() if not segment.opens_or_resets
         ]
-        for frame, segment in clients:
-            to_guest(frame, segment.packet)
-        for frame, segment in guest:
-            to_lan(frame, segment.packet)
+        try:
+            for frame, segment in clients:
+                to_guest(frame, segment.packet)
+            for frame, segment in guest:
+                to_lan(frame, segment.packet)
+        finally:
+            self.close()  # in the end: that takes a while, see RawSender
         return {"to_guest": len(clients), "to_lan": len(guest)}
 
     def close(self) -> None:
