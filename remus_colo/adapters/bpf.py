@@ -29,6 +29,7 @@ _WHOLE_FRAME = (_RETURN, 0, 0, 0xFFFFFFFF)
 _NOTHING = (_RETURN, 0, 0, 0)
 
 nothing: Sequence[Instruction] = (_NOTHING,)
+everything: Sequence[Instruction] = (_WHOLE_FRAME,)
 
 
 def ethertype(wanted: int) -> Sequence[Instruction]:

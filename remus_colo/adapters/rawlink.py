@@ -88,6 +88,17 @@ class RawLink:
         """To be polled for reading."""
         return self._socket.fileno()
 
+    def want(self, wanted: Sequence[bpf.Instruction]) -> None:
+        """From now on other frames; what came before stays to be read.
+
+        :raise NetworkError: the kernel does not take that.
+        """
+        self._check_open()
+        try:
+            bpf.attach(self._socket, wanted)
+        except OSError as exc:
+            raise NetworkError(f"cannot choose the frames of {self.ifname}: {exc.strerror}") from exc
+
     def recv(self) -> Frame | None:
         """The next frame that came in over the link, or None if there is none now.
 

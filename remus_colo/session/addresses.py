@@ -43,6 +43,8 @@ class AddressWatch:
         self._book = AddressBook(mac)
         self._neighbours: dict[str, None] = {}  # those that spoke last, oldest first
         self._arp: list[RawLink] = []
+        # Kept, and deaf but for a look: to close one takes a while (see RawSender), in which the loop would stand still.
+        self._ears: dict[str, RawLink] = {}
         self._look: RawLink | None = None
         self._looked = 0
         self._looks = 0
@@ -69,32 +71,34 @@ class AddressWatch:
         name = names[self._looks % len(names)]
         self._looks += 1
         try:
-            self._look = RawLink(name, receive_buffer_bytes=1 << 16)
-            self._loop.add_reader(self._look, self._read_look)
+            self._look = self._ears.get(name) or self._listen(name)
+            self._look.want(bpf.everything)
         except RemusError as error:
             log.info("%s", error)
         self._loop.call_later(LOOK_INTERVAL_S, self._begin_look)
 
+    def _listen(self, name: str) -> RawLink:
+        raw = self._ears[name] = RawLink(name, bpf.nothing, receive_buffer_bytes=1 << 16)
+        self._loop.add_reader(raw, functools.partial(self._read_look, raw))
+        return raw
+
     def _end_look(self) -> None:
         look, self._look = self._look, None
         if look is not None:
-            self._loop.remove_reader(look)
-            look.close()
+            look.want(bpf.nothing)
 
-    def _read_look(self) -> None:
-        look = self._look
-        while look is not None and self._looked < LOOK_FRAMES:
-            frame = self._next(look)
-            if frame is None:
-                return
+    def _read_look(self, raw: RawLink) -> None:
+        while (frame := self._next(raw)) is not None:
+            if raw is not self._look:
+                continue  # it came before the look's end
             self._looked += 1
-            if frame.source_mac != self._mac:
-                continue
-            if frame.ethertype == ETHERTYPE_ARP:
-                self._book.learn_arp(frame.payload)
-            else:
-                self._book.learn_packet(frame.payload)
-        self._end_look()
+            if frame.source_mac == self._mac:
+                if frame.ethertype == ETHERTYPE_ARP:
+                    self._book.learn_arp(frame.payload)
+                else:
+                    self._book.learn_packet(frame.payload)
+            if self._looked == LOOK_FRAMES:
+                self._end_look()
 
     def _read_arp(self, raw: RawLink) -> None:
         while (frame := self._next(raw)) is not None:
@@ -112,12 +116,21 @@ class AddressWatch:
         except RemusError as error:
             log.info("%s", error)
             self._loop.remove_reader(raw)
+            self._forget(raw)
             return None
+
+    def _forget(self, raw: RawLink) -> None:
+        """Its link is gone; one of that name is listened to anew."""
+        for name in [name for name, ear in self._ears.items() if ear is raw]:
+            self._ears.pop(name).close()
+        if self._look is raw:
+            self._look = None
 
     def close(self) -> None:
         self._closed = True
-        self._end_look()
-        for raw in self._arp:
+        self._look = None
+        for raw in [*self._arp, *self._ears.values()]:
             self._loop.remove_reader(raw)
             raw.close()
         self._arp = []
+        self._ears = {}

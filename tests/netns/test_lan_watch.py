@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 from unittest import mock
 
 import pytest
-from conftest import CLIENT_IP, GUEST_IP, Network, pending, run, wait_until
+from conftest import CLIENT_IP, DEADLINE_S, GUEST_IP, VIF, Network, pending, run, wait_until
 
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.proxy import announce
-from remus_colo.session.addresses import Known
+from remus_colo.session.addresses import AddressWatch, Known
 from remus_colo.session.lan import mac_bytes
 from remus_colo.session.lan_watch import LanWatch
 from remus_colo.session.loop import Loop
 
 GUEST_MAC = "02:00:00:00:00:02"
+OTHER_IP, THIRD_IP = GUEST_IP.rpartition(".")[0] + ".77", GUEST_IP.rpartition(".")[0] + ".78"
 WINDOW_S = 0.4
 KNOWN = {0: Known((GUEST_IP,), (CLIENT_IP,))}
 
@@ -99,3 +101,40 @@ def test_addresses_are_learnt_from_what_is_said(net: Network, watch: LanWatch, l
     loop.call_later(0.2, loop.stop)
     loop.run()
     assert watch.known()[0].addresses == (GUEST_IP,)
+
+
+def run_until(loop: Loop, done: Callable[[], object]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+
+    def look() -> None:
+        if done() or time.monotonic() > deadline_s:
+            loop.stop()
+        else:
+            loop.call_later(0.01, look)
+
+    look()
+    loop.run()
+    assert done()
+
+
+def test_addresses_are_learnt_anew_look_by_look(net: Network, links: Links, loop: Loop) -> None:
+    """From few packets a look, and from a link that was made anew, too."""
+    with mock.patch.multiple("remus_colo.session.addresses", LOOK_INTERVAL_S=0.05, LOOK_FRAMES=1):
+        watch = AddressWatch(loop, Vif(7, 0), mac_bytes(GUEST_MAC), [])
+        guest = net.socket("guest")
+
+        def knows(address: str) -> bool:
+            guest.sendto(b"here I am", (CLIENT_IP, 7013))
+            return address in watch.known().addresses
+
+        run_until(loop, lambda: knows(GUEST_IP))
+        with net.inside("guest"):
+            run("ip", "addr", "flush", "dev", "eth0")
+            run("ip", "addr", "add", f"{OTHER_IP}/24", "dev", "eth0")
+        net.neighbour("guest", "eth0", CLIENT_IP, "02:00:00:00:00:01")
+        run_until(loop, lambda: knows(OTHER_IP))
+        links.delete_link(VIF)
+        net.add_port(VIF, "guest", "eth0", THIRD_IP, GUEST_MAC)
+        net.neighbour("guest", "eth0", CLIENT_IP, "02:00:00:00:00:01")
+        run_until(loop, lambda: knows(THIRD_IP))
+        watch.close()
