@@ -406,18 +406,23 @@ int64_t rc_grants_read(struct rc_guest *g, uint8_t *out, size_t size)
 }
 
 /* Set in @bitmap the gfns that backends have mapped for writing: what they write there is not in the
- * dirty log until they unmap. Returns how many. */
-int64_t rc_grants_mark_writable(struct rc_guest *g, uint8_t *bitmap)
+ * dirty log until they unmap. With @granted also those that they may write to at any moment (grant copies,
+ * which are in the log). Returns how many. */
+int64_t rc_grants_mark_writable(struct rc_guest *g, uint8_t *bitmap, int granted)
 {
     const grant_entry_v1_t *entry = g->grants;
     uint32_t have = g->grant_frames * (uint32_t)(RC_PAGE_SIZE / sizeof *entry);
     int64_t n = 0;
 
-    for (uint32_t i = 0; i < have; i++)
-        if (entry[i].flags & GTF_writing && entry[i].frame < g->nr_gfns) {
+    for (uint32_t i = 0; i < have; i++) {
+        uint16_t flags = entry[i].flags;
+        int permits = (flags & GTF_type_mask) == GTF_permit_access && !(flags & GTF_readonly);
+
+        if ((flags & GTF_writing || (granted && permits)) && entry[i].frame < g->nr_gfns) {
             bit_put(bitmap, entry[i].frame, 1);
             n++;
         }
+    }
     return n;
 }
 

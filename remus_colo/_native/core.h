@@ -55,7 +55,7 @@ int rc_grants_version(struct rc_guest *g);
 int rc_grants_map(struct rc_guest *g);
 void rc_grants_unmap(struct rc_guest *g);
 int64_t rc_grants_read(struct rc_guest *g, uint8_t *out, size_t size);
-int64_t rc_grants_mark_writable(struct rc_guest *g, uint8_t *bitmap);
+int64_t rc_grants_mark_writable(struct rc_guest *g, uint8_t *bitmap, int granted);
 int64_t rc_grants_write(struct rc_guest *g, const uint8_t *in, size_t size, uint32_t first);
 
 /* -- vCPUs, event channels, resets -- */

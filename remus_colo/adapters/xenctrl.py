@@ -411,9 +411,16 @@ class Guest:
         )
         return bytes(out[:size])
 
-    def mark_writable_grants(self, bitmap: bytearray) -> int:
-        """Set the gfns that backends have mapped for writing (their writes are in no dirty log)."""
-        return int(self._lib.rc_grants_mark_writable(self._guest, self._ffi.from_buffer("uint8_t[]", bitmap)))
+    def mark_writable_grants(self, bitmap: bytearray, *, granted: bool = False) -> int:
+        """Set the gfns that backends have mapped for writing (their writes are in no dirty log).
+
+        :param granted: also those that a backend may write to by grant copies (which are in the log).
+        """
+        return int(
+            self._lib.rc_grants_mark_writable(
+                self._guest, self._ffi.from_buffer("uint8_t[]", bitmap), granted
+            )
+        )
 
     def set_grants(self, entries: bytes) -> int:
         """Load v1 entries from reference 8 up, their in-use flags cleared.

@@ -76,6 +76,10 @@ class SvmEngine:
         self.attach = attach
         self.mode = Mode.TRANSPARENT
         self._dirty = bytearray()
+        self._granted: tuple[bytes | memoryview, bytes | memoryview] = (
+            b"",
+            b"",
+        )  # gfns and pages, see _keep_granted
         self._paused = True  # xl restored it paused
         self._logging = False
         self._ever_ran = False
@@ -113,11 +117,36 @@ class SvmEngine:
         if not self._paused:
             self.guest.pause()
             self._paused = True
+        self.guest.map_grants()
+        self._keep_granted()  # before the log is read: what is written in between is in both
         self.guest.take_dirty(self._dirty)
+        self.guest.mark_writable_grants(self._dirty)
         return bytes(self._dirty)
+
+    def _keep_granted(self) -> None:
+        """Keep the pages that a backend may still write to, as a packet that is on its way arrives: the primary will not be told.
+
+        Where the PVM has no buffer in such a page, nor has changed it, the checkpoint lacks it, and what it has to be
+        is what it is now.
+        """
+        bitmap = bytearray(len(self._dirty))
+        self.guest.mark_writable_grants(bitmap, granted=True)
+        for gfn in self.layout.private_gfns:
+            bitmap[gfn // 8] &= ~(1 << gfn % 8) & 0xFF
+        room = xenctrl.bitmap_count(bitmap)
+        gfns, pages = bytearray(room * 8), bytearray(room * PAGE_SIZE)
+        count = self.guest.collect(bitmap, gfns, pages)
+        self._granted = memoryview(gfns)[: count * 8], memoryview(pages)[: count * PAGE_SIZE]
+
+    def _put_granted_back(self) -> None:
+        """The backends are gone."""
+        gfns, pages = self._granted
+        self._granted = (b"", b"")
+        self.guest.apply(gfns, pages)
 
     def go_on(self) -> None:
         """Run again as it was: the checkpoint that :meth:`prepare` began did not come."""
+        self._granted = (b"", b"")
         if self._paused and self._ever_ran:
             self.guest.unpause()
             self._paused = False
@@ -134,6 +163,7 @@ class SvmEngine:
         self._interrupt()
         for vif in self.layout.vifs:
             backend.unbind(vif)
+        self._put_granted_back()
         if self.mode is Mode.COOPERATIVE:
             self._reset()
         # The guest's own resume replaces the page behind this gfn; where it lies may differ until now.

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 PERIOD_MS = 1000
 PIECE_S = 60.0
 # All memory of both VMs is compared after each so many checkpoints.
-VERIFY_EVERY = 5
+VERIFY_EVERY = 3
 # What may change without being a leak: a page cache, a log's buffers, connections that come and go.
 ALLOWED = {"mem_used_kb": 40_000, "rss_kb": 30_000, "fds": 8, "event_channels": 4, "grants": 16}
 
@@ -64,6 +64,10 @@ def run(bed: Bed, checkpoints: int, remus: dict[str, Any], directory: Path) -> t
                 result = protection.load(PIECE_S, **LOAD, random_every=5, time_every=5, udp=2)
                 requests += result["requests"]
                 faults += client_faults(result)
+                ended = [run for run in (primary, daemon) if not run.running()]
+                faults += [f"{run.command.split()[0]} has ended: {run.events[-1:]}" for run in ended]
+                if ended:
+                    break
                 for run in (primary, daemon):
                     readings[run.host].append(reading(bed, run))
                 made = sum(scenario_figures.checkpoints(primary.events).values())
