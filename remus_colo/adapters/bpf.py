@@ -20,7 +20,7 @@ _RETURN = 0x06
 _DESTINATION, _ETHERTYPE = 0, 12
 _IPV4_PROTOCOL = 14 + 9
 _IPV6_NEXT_HEADER = 14 + 6
-_ETHERTYPE_IPV4, _ETHERTYPE_IPV6 = 0x0800, 0x86DD
+_ETHERTYPE_IPV4, _ETHERTYPE_ARP, _ETHERTYPE_IPV6 = 0x0800, 0x0806, 0x86DD
 # SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT: the kernel takes a tag out of the frame before a filter sees it.
 _TAGGED = 0xFFFFF000 + 48
 _SO_ATTACH_FILTER = 26
@@ -30,11 +30,16 @@ _NOTHING = (_RETURN, 0, 0, 0)
 
 nothing: Sequence[Instruction] = (_NOTHING,)
 everything: Sequence[Instruction] = (_WHOLE_FRAME,)
-
-
-def ethertype(wanted: int) -> Sequence[Instruction]:
-    """Frames of one ethertype."""
-    return _all(((_LOAD_HALF, _ETHERTYPE, wanted),))
+# ARP, and ICMPv6 directly behind the IP header, which neighbour discovery is (RFC 4861)
+discovery: Sequence[Instruction] = (
+    (_LOAD_HALF, 0, 0, _ETHERTYPE),
+    (_JUMP_EQUAL, 3, 0, _ETHERTYPE_ARP),
+    (_JUMP_EQUAL, 0, 3, _ETHERTYPE_IPV6),
+    (_LOAD_BYTE, 0, 0, _IPV6_NEXT_HEADER),
+    (_JUMP_EQUAL, 0, 1, socket.IPPROTO_ICMPV6),
+    _WHOLE_FRAME,
+    _NOTHING,
+)
 
 
 def untagged_tcp(version: int, destination: bytes | None = None) -> Sequence[Instruction]:

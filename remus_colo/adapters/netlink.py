@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import ipaddress
 import select
 import socket
 import time
@@ -239,6 +240,14 @@ class Links:
             return None
         with reporting(f"find the bridge of {ifname}"):
             return str(self._ipr.link("get", index=index)[0].get_attr("IFLA_IFNAME"))
+
+    def addresses(self) -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+        """This host's own, of all links."""
+        with reporting("list this host's addresses"):
+            found = self._ipr.get_addr()
+        # a point-to-point link has the other end's under the second name
+        texts = (entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS") for entry in found)
+        return {ipaddress.ip_address(text) for text in texts if text}
 
     def stats(self, ifname: str) -> LinkStats:
         counters = self._get(ifname).get_attr("IFLA_STATS64")

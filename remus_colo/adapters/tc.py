@@ -27,10 +27,17 @@ EGRESS = 0xFFFFFFF3
 _TC_H_ROOT = 0xFFFFFFFF
 _RTM_NEWQDISC, _TCA_KIND, _TCA_OPTIONS = 36, 1, 2  # <linux/rtnetlink.h>
 _ETH_P_ALL = 3  # <linux/if_ether.h>
-# Our filters are found again by their priority, also after a crash: "CO", unlikely to be anyone else's.
+_ETH_P_ARP = 0x0806
+_ETH_P_IPV6 = 0x86DD
+# Our filters are found again by their priorities, also after a crash: "CO", unlikely to be anyone else's, and, looked at before that
+# one, the two that except frames from it.
 _FILTER_PRIO = 0x434F
+_ARP_PRIO, _IPV6_PRIO = _FILTER_PRIO - 2, _FILTER_PRIO - 1
+_PROTOCOLS = {_ARP_PRIO: _ETH_P_ARP, _IPV6_PRIO: _ETH_P_IPV6, _FILTER_PRIO: _ETH_P_ALL}
 # u32 with a key that always matches, since u32 is more widely there than matchall.
-_MATCH = {"prio": _FILTER_PRIO, "protocol": _ETH_P_ALL, "target": 0, "keys": ["0x0/0x0+0"]}
+_ANY_KEY = "0x0/0x0+0"
+# Offsets are from the IP header: the next header is ICMPv6, and the type solicitation or advertisement (RFC 4861, 4.3 and 4.4).
+_NEIGHBOUR_KEYS = (("0x3a00/0xff00+6", "0x8700/0xff00+40"), ("0x3a00/0xff00+6", "0x8800/0xff00+40"))
 
 
 def add_filter(
@@ -54,23 +61,39 @@ def add_filter(
             ipr.tc("add", "clsact", index)
     with reporting(f"{action} the frames of {ifname} to {target}", module="cls_u32 or act_mirred"):
         mirred = {"kind": "mirred", "direction": "egress", "action": action, "ifindex": target_index}
-        ipr.tc("add-filter", "u32", index, parent=hook, action=mirred, **_MATCH)
+        ipr.tc("add-filter", "u32", index, parent=hook, action=mirred, **_match(_FILTER_PRIO, _ANY_KEY))
+
+
+def pass_discovery(ipr: Any, index: int, hook: int) -> None:
+    """Have ARP and neighbour discovery pass by our filter, which is there.
+
+    :raise HostError: no permission.
+    :raise NetworkError: the link is gone.
+    """
+    with reporting("except neighbour discovery from a filter"):  # without an action a filter lets frames pass
+        ipr.tc("add-filter", "u32", index, parent=hook, **_match(_ARP_PRIO, _ANY_KEY))
+        for keys in _NEIGHBOUR_KEYS:
+            ipr.tc("add-filter", "u32", index, parent=hook, **_match(_IPV6_PRIO, *keys))
+
+
+def _match(prio: int, *keys: str) -> dict[str, Any]:
+    return {"prio": prio, "protocol": _PROTOCOLS[prio], "target": 0, "keys": list(keys)}
 
 
 def remove_filter(ipr: Any, ifname: str, index: int, hook: int) -> None:
-    """Take our filter away, and clsact if nothing else uses it.  No error if it or the link is gone."""
+    """Take our filters away, and clsact if nothing else uses it.  No error if they or the link are gone."""
     with reporting(f"remove the filter of {ifname}"), tolerating(errno.ENODEV, errno.ENOENT):
         if not _has_clsact(ipr, index):
             return
         found = {
             (h, f["info"] >> 16) for h in (INGRESS, EGRESS) for f in ipr.get_filters(index=index, parent=h)
         }
-        if (hook, _FILTER_PRIO) not in found:
-            return
-        if found == {(hook, _FILTER_PRIO)}:
+        ours = [prio for prio in _PROTOCOLS if (hook, prio) in found]
+        if found and found == {(hook, prio) for prio in ours}:
             ipr.tc("del", "clsact", index)
-        else:
-            ipr.tc("del-filter", "u32", index, parent=hook, **_MATCH)
+            return
+        for prio in reversed(ours):  # exceptions last: what they let pass would be redirected meanwhile
+            ipr.tc("del-filter", "u32", index, parent=hook, **_match(prio, _ANY_KEY))
 
 
 def _has_clsact(ipr: Any, index: int) -> bool:

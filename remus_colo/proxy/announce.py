@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ethernet frames that tell a LAN where the guest is now, and the guest's addresses as learnt from what it sends.
 
-ARP: RFC 826; announcement and probe: RFC 5227.  Neighbour advertisement: RFC 4861, 4.4 and 7.2.6.
+ARP: RFC 826; announcement and probe: RFC 5227.  Neighbour advertisement: RFC 4861, 4.4 and 7.2.6; its probe, a solicitation
+without a sender: RFC 4862, 5.4.2.
 RARP: RFC 903, sent as virtual machine monitors do after migration: switches learn the port, hosts ignore it.
 """
 
@@ -29,12 +30,17 @@ ANY_MAC = bytes(6)
 ALL_NODES_MAC = bytes.fromhex("333300000001")
 ALL_NODES = IPv6Address("ff02::1")
 ANY_IPV4 = IPv4Address(0)
+ANY_IPV6 = IPv6Address(0)
+# RFC 4291, 2.7.1; the last three bytes are the address's.
+_SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
+_LINK_LOCAL = bytes.fromhex("fe80000000000000")
 
 # Without the frame check sequence (IEEE 802.3).
 MIN_FRAME_BYTES = 60
 
 IPPROTO_ICMPV6 = 58
 _ROUTER_ADVERTISEMENT = 134
+_NEIGHBOUR_SOLICITATION = 135
 _NEIGHBOUR_ADVERTISEMENT = 136
 _OPTION_TARGET_LINK_ADDRESS = 2
 _FLAG_ROUTER = 0x80000000
@@ -114,6 +120,46 @@ def arp_probe(mac: bytes, target: IPv4Address) -> bytes:
     return arp_request(mac, ANY_IPV4, target)
 
 
+def neighbour_probe(mac: bytes, target: IPv6Address) -> bytes:
+    """Ask whether anyone has ``target`` without touching anyone's neighbour cache; the answer goes to all nodes."""
+    group = IPv6Address(_SOLICITED_NODE + target.packed[13:])
+    body = struct.pack("!BBHI", _NEIGHBOUR_SOLICITATION, 0, 0, 0) + target.packed
+    return _neighbour_discovery(b"\x33\x33" + group.packed[12:], mac, ANY_IPV6, group, body)
+
+
+def probe(mac: bytes, target: Address) -> bytes:
+    """:func:`arp_probe` or :func:`neighbour_probe`."""
+    return arp_probe(mac, target) if isinstance(target, IPv4Address) else neighbour_probe(mac, target)
+
+
+def link_local(mac: bytes) -> IPv6Address:
+    """What a host with this MAC address may call itself without being told (RFC 4291, appendix A; not if RFC 7217 is in use)."""
+    return IPv6Address(_LINK_LOCAL + bytes((mac[0] ^ 2,)) + mac[1:3] + b"\xff\xfe" + mac[3:])
+
+
+def neighbour(frame_payload: bytes, ethertype: int) -> Address | None:
+    """Who says by ARP or neighbour discovery that it is on this LAN, by what follows the Ethernet header; None if nobody does."""
+    if ethertype == ETHERTYPE_ARP:
+        arp = parse_arp(frame_payload)
+        return None if arp is None or arp.sender_ip == ANY_IPV4 else arp.sender_ip
+    if ethertype != ETHERTYPE_IPV6 or len(frame_payload) < 48 or frame_payload[6] != IPPROTO_ICMPV6:
+        return None
+    if frame_payload[7] != 255 or frame_payload[40] not in (
+        _NEIGHBOUR_SOLICITATION,
+        _NEIGHBOUR_ADVERTISEMENT,
+    ):
+        return None  # a hop limit of 255: no router has forwarded it
+    source = IPv6Address(frame_payload[8:24])
+    return None if source == ANY_IPV6 else source
+
+
+def is_to_many(packet: bytes) -> bool:
+    """Whether an IPv4 or IPv6 packet, from the IP header on, is a multicast, or goes to 255.255.255.255."""
+    if packet[:1] and packet[0] >> 4 == 4:
+        return packet[16:17] >= b"\xe0"
+    return packet[24:25] == b"\xff"
+
+
 def answers_probe(arp: Arp, mac: bytes, target: IPv4Address) -> bool:
     """Whether ``arp`` shows that someone other than ``mac`` has or wants ``target`` (RFC 5227, 2.1.1)."""
     if arp.sender_mac == mac or arp.operation not in (ARP_REQUEST, ARP_REPLY):
@@ -130,10 +176,18 @@ def neighbour_advertisement(mac: bytes, address: IPv6Address, *, router: bool = 
     flags = _FLAG_OVERRIDE | (_FLAG_ROUTER if router else 0)
     body = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, flags) + address.packed
     body += bytes((_OPTION_TARGET_LINK_ADDRESS, 1)) + mac
-    checksum = _icmpv6_checksum(address, ALL_NODES, body)
+    return _neighbour_discovery(ALL_NODES_MAC, mac, address, ALL_NODES, body)
+
+
+def _neighbour_discovery(
+    destination_mac: bytes, mac: bytes, source: IPv6Address, destination: IPv6Address, body: bytes
+) -> bytes:
+    checksum = _icmpv6_checksum(source, destination, body)
     body = body[:2] + struct.pack("!H", checksum) + body[4:]
-    header = struct.pack("!IHBB", 6 << 28, len(body), IPPROTO_ICMPV6, 255) + address.packed + ALL_NODES.packed
-    return ethernet(ALL_NODES_MAC, mac, ETHERTYPE_IPV6, header + body)
+    header = (
+        struct.pack("!IHBB", 6 << 28, len(body), IPPROTO_ICMPV6, 255) + source.packed + destination.packed
+    )
+    return ethernet(destination_mac, mac, ETHERTYPE_IPV6, header + body)
 
 
 def rarp_announcement(mac: bytes) -> bytes:

@@ -153,7 +153,8 @@ class SvmVifPath:
             self.guest_addresses.learn_packet(packet)
 
     def _look_at_client(self, packet: bytes, ethertype: int) -> None:
-        if ethertype == ETHERTYPE_IP:  # those that can be asked by ARP whether the LAN works
+        """Who talks to the guest from its LAN can be asked later whether that works; who talks to all may be a host that is asleep."""
+        if ethertype in (ETHERTYPE_IP, ETHERTYPE_IPV6) and not announce.is_to_many(packet):
             self.client_addresses.learn_packet(packet)
 
     def _give_held(self) -> None:

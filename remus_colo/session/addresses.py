@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Learns which IPv4 addresses a vif's guest has, and who else is on its LAN: by them the backup finds out who is alive."""
+"""Learns which addresses a vif's guest has, and who else is on its LAN: by them the backup finds out who is alive."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.rawlink import Frame, RawLink
 from remus_colo.errors import RemusError
-from remus_colo.proxy.announce import AddressBook, parse_arp
-from remus_colo.session.lan import ETHERTYPE_ARP, ipv4_of
+from remus_colo.proxy.announce import ETHERTYPE_ARP, AddressBook, neighbour
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
 
-# A look at all that the guest sends, so often and at so many frames; ARP on the LAN is seen all the time.
+# A look at all that the guest sends, so often and at so many frames; who asks on the LAN for another is seen all the time.
 LOOK_INTERVAL_S = 5.0
 LOOK_FRAMES = 32
 NEIGHBOURS = 16
@@ -26,7 +25,7 @@ NEIGHBOURS = 16
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """IPv4 addresses of a vif's guest, and of others on its LAN."""
+    """IP addresses of a vif's guest, and of others on its LAN; those that spoke last first."""
 
     addresses: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
@@ -42,7 +41,7 @@ class AddressWatch:
         self._mac = mac
         self._book = AddressBook(mac)
         self._neighbours: dict[str, None] = {}  # those that spoke last, oldest first
-        self._arp: list[RawLink] = []
+        self._discovery: list[RawLink] = []
         # Kept, and deaf but for a look: to close one takes a while (see RawSender), in which the loop would stand still.
         self._ears: dict[str, RawLink] = {}
         self._look: RawLink | None = None
@@ -51,15 +50,17 @@ class AddressWatch:
         self._closed = False
         try:
             for port in uplinks:
-                raw = RawLink(port, bpf.ethertype(ETHERTYPE_ARP))
-                self._arp.append(raw)
-                loop.add_reader(raw, functools.partial(self._read_arp, raw))
+                raw = RawLink(port, bpf.discovery)
+                self._discovery.append(raw)
+                loop.add_reader(raw, functools.partial(self._read_discovery, raw))
         except RemusError as error:
             log.info("%s", error)
         self._begin_look()
 
     def known(self) -> Known:
-        return Known(tuple(str(address) for address in ipv4_of(self._book)), tuple(self._neighbours))
+        return Known(
+            tuple(str(address) for address in self._book.addresses), tuple(reversed(self._neighbours))
+        )
 
     def _begin_look(self) -> None:
         if self._closed:
@@ -100,13 +101,13 @@ class AddressWatch:
             if self._looked == LOOK_FRAMES:
                 self._end_look()
 
-    def _read_arp(self, raw: RawLink) -> None:
+    def _read_discovery(self, raw: RawLink) -> None:
         while (frame := self._next(raw)) is not None:
-            arp = parse_arp(frame.payload)
-            if arp is None or arp.sender_mac == self._mac or arp.sender_ip.is_unspecified:
+            address = neighbour(frame.payload, frame.ethertype)
+            if address is None or frame.source_mac == self._mac:
                 continue
-            self._neighbours.pop(str(arp.sender_ip), None)
-            self._neighbours[str(arp.sender_ip)] = None
+            self._neighbours.pop(str(address), None)
+            self._neighbours[str(address)] = None
             if len(self._neighbours) > NEIGHBOURS:
                 del self._neighbours[next(iter(self._neighbours))]
 
@@ -129,8 +130,8 @@ class AddressWatch:
     def close(self) -> None:
         self._closed = True
         self._look = None
-        for raw in [*self._arp, *self._ears.values()]:
+        for raw in [*self._discovery, *self._ears.values()]:
             self._loop.remove_reader(raw)
             raw.close()
-        self._arp = []
+        self._discovery = []
         self._ears = {}

@@ -132,6 +132,7 @@ class ColoSession(PrimarySession):
                 "interval_s": self.config.heartbeat.interval_s,
                 "timeout_s": self.config.heartbeat.timeout_s,
             },
+            "host_addresses": sorted(map(str, self.path.links.addresses())),
         }
         if self.config.clock_offset_ns is not None:
             fields["clock_offset_ns"] = self.config.clock_offset_ns

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.errors import ConfigError, MessageError
 from remus_colo.options import check_word
+from remus_colo.proxy.announce import Address
 from remus_colo.proxy.primary_path import Tunnel
 from remus_colo.relocation.wire import Message
 from remus_colo.session.peer import HeartbeatConfig
@@ -56,6 +57,13 @@ def _address(text: str | None) -> str | None:
     return None if text is None else str(ipaddress.ip_address(str(text)))
 
 
+def _host_addresses(listed: object) -> tuple[Address, ...]:
+    """:raise ValueError: one is no address, or TypeError: it is no list."""
+    if not isinstance(listed, list):
+        raise TypeError(f"the primary's addresses are {listed!r:.80}")
+    return tuple(ipaddress.ip_address(str(text)) for text in listed)
+
+
 def _offset_ns(value: object) -> int | None:
     """:raise TypeError, ValueError: it is nothing that can be added to a clock of signed 64-bit nanoseconds."""
     if value is None:
@@ -80,6 +88,7 @@ class Creation:
     mtus: dict[int, int]
     heartbeat: HeartbeatConfig
     clock_offset_ns: int | None = None  # the SVM gets the PVM's clock, by this at first
+    host_addresses: tuple[Address, ...] = ()  # the primary's own
 
     @classmethod
     def parse(cls, message: Message) -> Creation:
@@ -107,6 +116,7 @@ class Creation:
                 mtus={int(vif["handle"]): int(vif["mtu"]) for vif in vifs},
                 heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
                 clock_offset_ns=_offset_ns(fields.get("clock_offset_ns")),
+                host_addresses=_host_addresses(fields.get("host_addresses", [])),
             )
         except _MALFORMED as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error

@@ -10,19 +10,19 @@ import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from typing import Any
 
 from remus_colo.adapters import bpf
+from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
-from remus_colo.errors import RemusError
+from remus_colo.errors import DomainError, RemusError
 from remus_colo.failover.arbiter import LanProbe, Verdict, of_all
 from remus_colo.proxy import announce
 
 log = logging.getLogger(__name__)
 
-ETHERTYPE_ARP = 0x0806
 PROBE_INTERVAL_S = 0.1
-CLIENTS_ASKED = 4
+CLIENTS_ASKED = 16
 
 
 def mac_bytes(text: str) -> bytes:
@@ -33,8 +33,20 @@ def mac_bytes(text: str) -> bytes:
     return mac
 
 
-def ipv4_of(book: announce.AddressBook) -> list[IPv4Address]:
-    return [address for address in book.addresses if isinstance(address, IPv4Address)]
+def bridge_here(links: Links, config: dict[str, Any], index: int, default: str) -> str:
+    """The bridge of this host that a guest's vif belongs to.
+
+    :param config: libxl's configuration of the guest, from the primary.
+    :param index: of the vif, in that.
+    :param default: for a vif whose bridge, by its configuration, this host has not.
+    :raise DomainError: this host has neither.
+    """
+    nics = config.get("nics", [])
+    named = nics[index].get("bridge") if index < len(nics) else None
+    for bridge in (named, default):
+        if bridge and links.exists(bridge):
+            return str(bridge)
+    raise DomainError(f"there is no bridge {named or default!r} on this host: name one by --bridge")
 
 
 def uplinks(bridge: str) -> list[str]:
@@ -52,15 +64,15 @@ class LanSide:
 
     :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is at that, its uplink.
     :ivar own_mac: the bridge's.
-    :ivar guest_addresses: IPv4 addresses that the guest has been seen to use.
+    :ivar guest_addresses: that the guest has been seen to use.
     :ivar client_addresses: of others, whose answers prove that the LAN works.
     """
 
     ifname: str
     own_mac: bytes
     guest_mac: bytes
-    guest_addresses: Sequence[IPv4Address]
-    client_addresses: Sequence[IPv4Address]
+    guest_addresses: Sequence[announce.Address]
+    client_addresses: Sequence[announce.Address]
 
 
 class _Probed:
@@ -71,15 +83,20 @@ class _Probed:
         self._side = side
         self._probe = LanProbe(window_s, window_s / 2)
         self._peer_answers = False
-        self._lan_works = not side.client_addresses  # nobody is known who could prove it
+        self._heard_another = False
 
     def verdict(self, now_s: float) -> Verdict | None:
-        return self._probe.observe(now_s, peer_answers=self._peer_answers, lan_works=self._lan_works)
+        """By what was heard since it was asked for last: before a gap, the probe forgets."""
+        nobody_could_prove_it = not self._side.client_addresses
+        lan_works, self._heard_another = self._heard_another or nobody_could_prove_it, False
+        return self._probe.observe(now_s, peer_answers=self._peer_answers, lan_works=lan_works)
 
     def ask(self) -> None:
-        for address in [*self._side.guest_addresses, *self._side.client_addresses[:CLIENTS_ASKED]]:
+        side = self._side
+        guest = side.guest_addresses or [announce.link_local(side.guest_mac)]
+        for address in [*guest, *side.client_addresses[:CLIENTS_ASKED]]:
             try:
-                self.raw.send(announce.arp_probe(self._side.own_mac, address))
+                self.raw.send(announce.probe(side.own_mac, address))
             except RemusError as error:
                 log.debug("%s", error)
 
@@ -88,7 +105,7 @@ class _Probed:
             if frame.source_mac == self._side.guest_mac:
                 self._peer_answers = True
             elif frame.source_mac != self._side.own_mac:
-                self._lan_works = True
+                self._heard_another = True
 
 
 def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
@@ -102,7 +119,7 @@ def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
         return Verdict.UNKNOWN
     with contextlib.ExitStack() as stack:
         lans = [
-            _Probed(side, stack.enter_context(RawLink(side.ifname, bpf.ethertype(ETHERTYPE_ARP))), window_s)
+            _Probed(side, stack.enter_context(RawLink(side.ifname, bpf.discovery)), window_s)
             for side in sides
         ]
         next_s = 0.0

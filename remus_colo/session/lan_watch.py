@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """On the primary: has another host taken the guest over?
 
-Such a host announces it by ARP, once.  A primary that was frozen then has missed that; so when it is in doubt it asks the LAN for the
-guest's addresses, past its own bridge, where its own copy would answer.
+Such a host announces it by ARP or neighbour discovery, once.  A primary that was frozen then has missed that; so when it is in doubt
+it asks the LAN for the guest's addresses, past its own bridge, where its own copy would answer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 
 from remus_colo.adapters import bpf
 from remus_colo.adapters.backend import Vif
@@ -20,7 +20,7 @@ from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import RemusError
 from remus_colo.failover.arbiter import ACTIVE
 from remus_colo.session.addresses import AddressWatch, Known
-from remus_colo.session.lan import ETHERTYPE_ARP, LanSide, mac_bytes, probe_guest, uplinks
+from remus_colo.session.lan import LanSide, mac_bytes, probe_guest, uplinks
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class LanWatch:
             self._addresses[vif.handle] = AddressWatch(self._loop, vif, mac_bytes(mac), uplinks(bridge))
             own_mac = mac_bytes(self._links.mac(bridge))
             for port in uplinks(bridge):
-                raw = RawLink(port, bpf.ethertype(ETHERTYPE_ARP))
+                raw = RawLink(port, bpf.discovery)
                 self._uplinks.append(Uplink(raw, port, own_mac, mac_bytes(mac), vif.handle))
 
     def known(self) -> dict[int, Known]:
@@ -104,8 +104,8 @@ class LanWatch:
             uplink.ifname,
             uplink.own_mac,
             uplink.guest_mac,
-            [IPv4Address(address) for address in seen.addresses],
-            [IPv4Address(address) for address in seen.neighbours],
+            [ip_address(address) for address in seen.addresses],
+            [ip_address(address) for address in seen.neighbours],
         )
 
     def close(self) -> None:

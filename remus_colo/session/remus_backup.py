@@ -13,7 +13,7 @@ import logging
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from typing import Any
 
 from remus_colo.adapters import devicemodel, xenctrl
@@ -33,7 +33,7 @@ from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.backup import ANNOUNCE_REPEATS, BackupConfig, BackupSession
 from remus_colo.session.creation import RemusCreation
-from remus_colo.session.lan import LanSide, mac_bytes, probe_guest
+from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest
 from remus_colo.session.peer import Peer
 from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE, DEVICE_MODEL_XENSTORE
 
@@ -77,8 +77,8 @@ class RemusBackupSession(BackupSession):
         self._incoming: Incoming | None = None
         self._device_state: dict[str, bytes] = {}
         self._complete = 0  # the last checkpoint that is whole
-        self._addresses: dict[int, list[IPv4Address]] = {}
-        self._neighbours: dict[int, list[IPv4Address]] = {}
+        self._addresses: dict[int, list[announce.Address]] = {}
+        self._neighbours: dict[int, list[announce.Address]] = {}
         self._longest_pause_s = 0.0
         self._links = Links()
 
@@ -108,15 +108,11 @@ class RemusBackupSession(BackupSession):
             nic.pop("ifname", None)
         return config
 
-    def _bridge_of(self, index: int) -> str:
-        nics = self.creation.config.get("nics", [])
-        named = nics[index].get("bridge") if index < len(nics) else None
-        for bridge in (named, self.config.lan_bridge):
-            if bridge and self._links.exists(bridge):
-                return str(bridge)
-        raise DomainError(
-            f"there is no bridge {named or self.config.lan_bridge!r} on this host: name one by --bridge"
-        )
+    def _bridge_of(self, index: int, links: Links | None = None) -> str:
+        """:param links: of the thread that asks, if that is not the session's.
+        :raise DomainError: there is none.
+        """
+        return bridge_here(links or self._links, self.creation.config, index, self.config.lan_bridge)
 
     def _send_created(self) -> None:
         self.peer.send(MessageType.CREATED, domid=0, ports={}, addresses={})
@@ -234,14 +230,15 @@ class RemusBackupSession(BackupSession):
     def _look_at_lan(self, window_s: float) -> Verdict:
         # A guest that stands still for a checkpoint does not answer either.
         window_s = max(window_s, self._longest_pause_s * PAUSES_PER_WINDOW)
-        with Links() as links:  # a thread's own
+        with Links() as links:
+            hosts = links.addresses()  # which does not answer itself
             sides = [
                 LanSide(
-                    bridge := self._bridge_of(index),
+                    bridge := self._bridge_of(index, links),
                     mac_bytes(links.mac(bridge)),
                     self._mac_of(index),
                     self._addresses.get(handle, []),
-                    self._neighbours.get(handle, []),
+                    [address for address in self._neighbours.get(handle, []) if address not in hosts],
                 )
                 for index, handle in enumerate(self.creation.handles)
             ]
@@ -308,8 +305,8 @@ class RemusBackupSession(BackupSession):
         return [self._links.close, self.peer.close]
 
 
-def _by_handle(known: dict[str, list[str]]) -> dict[int, list[IPv4Address]]:
+def _by_handle(known: dict[str, list[str]]) -> dict[int, list[announce.Address]]:
     return {
-        int(handle): [IPv4Address(address) for address in addresses[:NEIGHBOURS]]
+        int(handle): [ip_address(address) for address in addresses[:NEIGHBOURS]]
         for handle, addresses in known.items()
     }

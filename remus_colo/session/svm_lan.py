@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from remus_colo.adapters.backend import Vif
+from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
 from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import DomainError, RemusError
@@ -14,7 +16,7 @@ from remus_colo.failover.arbiter import Verdict
 from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.session.creation import Creation
-from remus_colo.session.lan import LanSide, ipv4_of, mac_bytes, probe_guest, uplinks
+from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest, uplinks
 from remus_colo.session.steps import each
 
 log = logging.getLogger(__name__)
@@ -36,15 +38,12 @@ class SvmLan:
         for handle in self._creation.tunnels:
             self.bridge_of(handle)
 
-    def bridge_of(self, handle: int) -> str:
-        """:raise DomainError: there is none."""
+    def bridge_of(self, handle: int, links: Links | None = None) -> str:
+        """:param links: of the thread that asks, if that is not the path's.
+        :raise DomainError: there is none.
+        """
         index = sorted(self._creation.tunnels).index(handle)
-        nics = self._creation.config.get("nics", [])
-        named = nics[index].get("bridge") if index < len(nics) else None
-        for bridge in (named, self._bridge):
-            if bridge and self._path.links.exists(bridge):
-                return str(bridge)
-        raise DomainError(f"there is no bridge {named or self._bridge!r} on this host: name one by --bridge")
+        return bridge_here(links or self._path.links, self._creation.config, index, self._bridge)
 
     def mac_of(self, vif: Vif) -> bytes:
         """:raise DomainError: the vif has none."""
@@ -62,16 +61,20 @@ class SvmLan:
 
         :param window_s: so long a silence means that it does not.
         """
-        return probe_guest([self._side_of(vif) for vif in self._vifs], window_s)
+        with Links() as links:
+            # neither host can prove that this one's LAN works: it does not answer itself, and the other may be dead
+            hosts = links.addresses() | set(self._creation.host_addresses)
+            sides = [self._side_of(vif, links, hosts) for vif in self._vifs]
+        return probe_guest(sides, window_s)
 
-    def _side_of(self, vif: Vif) -> LanSide:
-        path, bridge = self._path.vifs[vif.handle], self.bridge_of(vif.handle)
+    def _side_of(self, vif: Vif, links: Links, hosts: Collection[announce.Address]) -> LanSide:
+        path, bridge = self._path.vifs[vif.handle], self.bridge_of(vif.handle, links)
         return LanSide(
             bridge,
-            mac_bytes(self._path.links.mac(bridge)),
+            mac_bytes(links.mac(bridge)),
             self.mac_of(vif),
-            ipv4_of(path.guest_addresses),
-            ipv4_of(path.client_addresses),
+            path.guest_addresses.addresses,
+            [address for address in path.client_addresses.addresses if address not in hosts],
         )
 
     def expect_outage(self) -> None:

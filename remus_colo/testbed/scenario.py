@@ -70,12 +70,15 @@ class Protection:
 
     # -- the parts
 
-    def start_guest(self, host: str = "primary", name: str = GUEST, *, kind: str = "pvh") -> None:
+    def start_guest(
+        self, host: str = "primary", name: str = GUEST, *, kind: str = "pvh", address6: str = ""
+    ) -> None:
         """Create the guest and wait until all its services listen (10 to 20 s).
 
         :param name: or ``SECOND_GUEST``, which has its own address.
         :param kind: ``pvh``; ``pv``, smaller: it is copied whole at each checkpoint; or ``hvm``, for which the bed must have
             been brought up with a device model.
+        :param address6: its IPv6 address besides, with which it does what hosts do by themselves: solicit routers, report groups.
         """
         console = shlex.quote(GUEST_LOG.format(domain=name))
         config = f"/domu/{shlex.quote(name)}.cfg"
@@ -83,12 +86,16 @@ class Protection:
             text = second_guest(self.bed.exec(host, f"cat /domu/{GUEST}.cfg").stdout)
             config = f"/run/{name}.cfg"
             self.bed.exec(host, f"printf %s {shlex.quote(text)} > {config}")
+        changes = []
         if kind != "pvh":
-            changes = f"-e 's/^type=.*/type=\"{kind}\"/'"
-            if kind == "pv":
-                changes += f" -e 's/^memory=.*/memory={PV_MEMORY_MB}/'"
-            self.bed.exec(host, f"sed {changes} {config} > /run/{kind}.cfg")
-            config = f"/run/{kind}.cfg"
+            changes.append(f's/^type=.*/type="{kind}"/')
+        if kind == "pv":
+            changes.append(f"s/^memory=.*/memory={PV_MEMORY_MB}/")
+        if address6:
+            changes.append(f's/^cmdline="/&guest.address6={address6} /')
+        if changes:
+            self.bed.exec(host, f"sed {shlex.quote('; '.join(changes))} {config} > /run/{name}-changed.cfg")
+            config = f"/run/{name}-changed.cfg"
         self.bed.exec(host, f"rm -f {console}; xl create -q {config}", GUEST_TIMEOUT_S)
         self.bed.exec(
             host,

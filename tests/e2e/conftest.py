@@ -26,8 +26,8 @@ from remus_colo.testbed.scenario import Protection, destroy_guests, fresh
 
 LOGS = Path(__file__).parents[2] / "build" / "e2e-logs"
 # Tests that share a state of the bed stand together; those that need another one come last.
-ORDER = ("test_dom0", "test_bad_input", "test_receiver", "test_protect", "test_random_divergence", "test_both_modes", "test_localhost",
-         "test_link", "test_frozen", "test_classic", "test_killed", "test_two_domains", "test_failover_backup", "test_failover_primary", "test_skewed_clocks")  # fmt: skip
+ORDER = ("test_dom0", "test_bad_input", "test_receiver", "test_protect", "test_random_divergence", "test_memory", "test_both_modes", "test_localhost",
+         "test_link", "test_frozen", "test_classic", "test_killed", "test_two_domains", "test_failover_backup", "test_failover_primary", "test_ipv6", "test_skewed_clocks")  # fmt: skip
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 
 

@@ -98,13 +98,21 @@ class Network:
     def add_port(
         self, port: str, name: str, ifname: str, address: str, mac: str, *, bridge: str = "br0"
     ) -> None:
-        """A veth pair between a bridge of ``host`` and another namespace."""
+        """A veth pair between a bridge of ``host`` and another namespace; what is sent at either end arrives at once.
+
+        The far end was up before it had a carrier: until the kernel has attached its queueing discipline, which it does in its
+        own time, all that is sent there is dropped.
+        """
         other = ["peer", "name", ifname, "netns", self.names[name], "address", mac]
-        run("ip", "link", "add", port, "type", "veth", *other)
+        # a backend's, as Xen's scripts set it: with a lower one the bridge would take it, and lose it with the vif
+        own = ["address", "fe:ff:ff:ff:ff:ff"] if port.startswith("vif") else []
+        run("ip", "link", "add", port, *own, "type", "veth", *other)
         with self.inside(name):
             run("ip", "addr", "add", f"{address}/24", "dev", ifname)
             run("ip", "link", "set", ifname, "up")
         run("ip", "link", "set", port, "master", bridge, "up")
+        with self.inside(name):
+            wait_until(lambda: "state UP" in run("ip", "link", "show", ifname), f"{ifname} is up")
 
     def neighbour(self, name: str, ifname: str, address: str, mac: str) -> None:
         """Fixed, so that tests which count packets see no ARP."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 from conftest import CLIENT_IP, DEADLINE_S, GUEST_IP, VIF, Network, run
@@ -54,6 +54,44 @@ def test_one_lan_that_does_not_work_leaves_it_open(net: Network, sides: list[Lan
     with net.inside("other"):
         run("ip", "link", "set", "o0", "down")
     assert probe_guest(sides, WINDOW_S) is Verdict.UNKNOWN
+
+
+def speak_ipv6(net: Network, name: str, ifname: str, *addresses: str) -> None:
+    with net.inside(name):
+        for setting in ("accept_dad", "disable_ipv6"):
+            run("sh", "-c", f"echo 0 > /proc/sys/net/ipv6/conf/{ifname}/{setting}")
+        for address in addresses:
+            run("ip", "addr", "add", f"{address}/64", "dev", ifname, "nodad")
+
+
+def side(links: Links, guest: list[str], clients: list[str]) -> LanSide:
+    return LanSide(
+        "br0",
+        mac_bytes(links.mac("br0")),
+        mac_bytes("02:00:00:00:00:02"),
+        [IPv6Address(address) for address in guest],
+        [IPv6Address(address) for address in clients],
+    )
+
+
+def test_a_guest_without_ipv4(net: Network, links: Links) -> None:
+    speak_ipv6(net, "guest", "eth0", "2001:db8::2")
+    speak_ipv6(net, "client", "c0", "2001:db8::1")
+    asked = [side(links, ["2001:db8::2"], ["2001:db8::1"])]
+    assert probe_guest(asked, NEVER_S) is Verdict.ALIVE
+    links.delete_link(VIF)
+    assert probe_guest(asked, WINDOW_S) is Verdict.DEAD
+    with net.inside("client"):
+        run("ip", "link", "set", "c0", "down")
+    assert probe_guest(asked, WINDOW_S) is Verdict.UNKNOWN
+
+
+def test_a_guest_that_has_not_been_heard_yet(net: Network, links: Links) -> None:
+    """Most have an address that their MAC tells."""
+    speak_ipv6(net, "guest", "eth0")
+    assert probe_guest([side(links, [], [])], NEVER_S) is Verdict.ALIVE
+    links.delete_link(VIF)
+    assert probe_guest([side(links, [], [])], WINDOW_S) is Verdict.DEAD
 
 
 def test_nowhere_to_ask() -> None:

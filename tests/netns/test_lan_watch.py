@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 from unittest import mock
 
 import pytest
@@ -21,6 +21,7 @@ from remus_colo.session.lan_watch import LanWatch
 from remus_colo.session.loop import Loop
 
 GUEST_MAC = "02:00:00:00:00:02"
+CLIENT_MAC = bytes.fromhex("020000000001")
 OTHER_IP, THIRD_IP = GUEST_IP.rpartition(".")[0] + ".77", GUEST_IP.rpartition(".")[0] + ".78"
 WINDOW_S = 0.4
 KNOWN = {0: Known((GUEST_IP,), (CLIENT_IP,))}
@@ -101,6 +102,22 @@ def test_addresses_are_learnt_from_what_is_said(net: Network, watch: LanWatch, l
     loop.call_later(0.2, loop.stop)
     loop.run()
     assert watch.known()[0].addresses == (GUEST_IP,)
+
+
+def test_neighbours_are_those_that_ask_for_others(net: Network, watch: LanWatch, loop: Loop) -> None:
+    """Newest first; the guest's own questions do not come from there."""
+    frames = [
+        announce.arp_request(CLIENT_MAC, IPv4Address(address), IPv4Address(GUEST_IP))
+        for address in (OTHER_IP, CLIENT_IP)
+    ]
+    frames.append(announce.neighbour_advertisement(CLIENT_MAC, IPv6Address("fe80::1")))
+    frames.append(announce.arp_probe(CLIENT_MAC, IPv4Address(THIRD_IP)))
+    frames.append(announce.gratuitous_arp(mac_bytes(GUEST_MAC), IPv4Address(GUEST_IP)))
+    sender = net.sniffer("client", "c0")
+    for frame in frames:
+        sender.send(frame)
+    run_until(loop, lambda: len(watch.known()[0].neighbours) == 3)
+    assert watch.known()[0].neighbours == ("fe80::1", CLIENT_IP, OTHER_IP)
 
 
 def run_until(loop: Loop, done: Callable[[], object]) -> None:

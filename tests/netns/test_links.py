@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
 from conftest import (
@@ -26,8 +27,10 @@ from conftest import (
     with_checksums,
 )  # fmt: skip
 
+from remus_colo.adapters import ifb
 from remus_colo.adapters.netlink import Links
 from remus_colo.errors import HostError, NetworkError
+from remus_colo.proxy import announce
 
 PORT = 7009
 
@@ -170,6 +173,17 @@ def test_wait_for_a_port_that_forwards(net: Network, links: Links) -> None:
     giver.join()
 
 
+def test_this_hosts_own_addresses(net: Network, links: Links) -> None:
+    assert ip_address("10.77.0.9") not in links.addresses()
+    run("ip", "addr", "add", "10.77.0.9/24", "dev", "br0")
+    run("ip", "addr", "add", "10.77.1.1", "peer", "10.77.1.2", "dev", "br0")
+    run("sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/br0/disable_ipv6")
+    run("ip", "addr", "add", "2001:db8::9/64", "dev", "br0", "nodad")
+    own = links.addresses()
+    assert {ip_address(text) for text in ("10.77.0.9", "10.77.1.1", "2001:db8::9")} <= own
+    assert ip_address("10.77.1.2") not in own
+
+
 # --- isolated bridge ---
 
 
@@ -286,6 +300,42 @@ def test_mirror_leaves_nothing(net: Network, links: Links, mirror_support: None)
     assert snapshot() != before
     links.remove_mirror(VIF)
     links.remove_mirror(VIF)
+    assert snapshot() == before
+
+
+# --- what is redirected ---
+
+
+def test_neighbours_are_answered_past_a_redirection(net: Network, links: Links, mirror_support: None) -> None:
+    before = snapshot()
+    links.create_veth("tun0", "tun1", 1500)
+    links.set_up("tun0")
+    links.set_up("tun1")
+    held, lan, guest = net.sniffer("host", "tun1"), net.sniffer("client", "c0"), net.sniffer("guest", "eth0")
+    mac, address = bytes.fromhex("020000000002"), IPv6Address("fd77::2")
+    discovery = [
+        announce.gratuitous_arp(mac, IPv4Address(GUEST_IP)),
+        announce.neighbour_probe(mac, address),
+        announce.neighbour_advertisement(mac, address),
+    ]
+    ipv6 = discovery[1]
+    echo = ipv6[:54] + b"\x80" + ipv6[55:]
+    other = bytes.fromhex("020000000001") + mac + b"\x88\xb5".ljust(60, b"\0")
+    for wanted in (True, False):
+        if wanted:
+            ifb.redirect_input(links, VIF, "tun0")
+            ifb.redirect_input(links, VIF, "tun0")  # replaces, does not add
+        else:
+            ifb.stop_redirecting(links, VIF)
+        for frame in (*discovery, other, echo):
+            guest.send(frame)
+        if wanted:
+            assert receive(lan, 3) == discovery
+            assert receive(held, 2) == [other, echo]
+        else:
+            assert receive(lan, 5) == [*discovery, other, echo]
+            assert pending(held) == []
+    links.delete_link("tun0")
     assert snapshot() == before
 
 

@@ -16,7 +16,7 @@ from remus_colo.errors import NetworkError, StateError
 
 GUEST_MAC = bytes.fromhex("020000000002")
 PORT = 7010
-ETHERTYPE_ARP = 0x0806
+ETHERTYPE_ARP, ETHERTYPE_IPV6 = 0x0806, 0x86DD
 
 
 @pytest.fixture
@@ -52,16 +52,22 @@ def test_sends_whole_frames(net: Network, raw: RawLink) -> None:
     assert receive(arrivals, 1) == [frame]
 
 
-def test_one_ethertype(net: Network) -> None:
+def test_who_asks_for_another(net: Network) -> None:
+    """By ARP or, without an address of its own, by neighbour discovery; nothing else is seen."""
     guest = net.socket("guest")
-    with RawLink(VIF, bpf.ethertype(ETHERTYPE_ARP)) as raw:
+    with RawLink(VIF, bpf.discovery) as raw:
         guest.sendto(b"not this", (CLIENT_IP, PORT))
         with net.inside("guest"):
             run("ip", "neigh", "del", CLIENT_IP, "dev", "eth0")
         guest.sendto(b"nor this, but who-has", (CLIENT_IP, PORT))
         frame = next_frame(raw)
-    assert frame.ethertype == ETHERTYPE_ARP
-    assert frame.payload[24:28] == socket.inet_aton(CLIENT_IP)
+        assert frame.ethertype == ETHERTYPE_ARP
+        assert frame.payload[24:28] == socket.inet_aton(CLIENT_IP)
+        sender = net.sniffer("guest", "eth0")
+        for asked in (b"\x60" + bytes(5) + b"\x11", b"\x60" + bytes(5) + b"\x3a"):  # UDP, ICMPv6
+            sender.send(bytes(6) + GUEST_MAC + ETHERTYPE_IPV6.to_bytes(2, "big") + asked.ljust(48, b"\0"))
+        frame = next_frame(raw)
+        assert (frame.ethertype, frame.payload[6]) == (ETHERTYPE_IPV6, 58)
 
 
 def test_link_down_and_up_again(net: Network, raw: RawLink, links: Links) -> None:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from typing import Any
 from unittest import mock
 
@@ -30,6 +31,7 @@ from remus_colo.session import backup, colo_backup, svm_lan
 from remus_colo.session.backup import BackupConfig
 from remus_colo.session.colo_backup import ColoBackupSession
 from remus_colo.session.creation import Creation
+from remus_colo.session.lan import LanSide
 from remus_colo.session.peer import HeartbeatConfig, Peer
 
 PATIENCE_S = 60.0
@@ -146,6 +148,7 @@ class Path:
         self.links = mock.Mock()
         self.links.exists = lambda name: name in bridges
         self.links.mac.return_value = "02:00:00:00:00:01"
+        self.links.addresses.return_value = {ip_address("10.77.0.12")}
         self.vifs = {0: SvmVifPath(faults)}
         self.closed = False
 
@@ -275,6 +278,7 @@ class World:
         self.svm_exists = False
         self.destroyed = 0
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[LanSide] = []  # of the last look at the LAN
         self.ended: Exception | None = None
         ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
         control, data = (Channel(sock, generation=1, peer="the primary") for sock in ours)
@@ -296,6 +300,7 @@ class World:
         self.xl_config: dict[str, Any] = {"nics": [{"bridge": "rcbabcdef.0", "mac": "02:00:00:00:00:02"}]}
         patch(colo_backup.userdata, "change", self._change_config)
         patch(svm_lan, "probe_guest", self._probe)
+        patch(svm_lan, "Links", lambda: contextlib.nullcontext(self.path.links))
         patch(svm_lan, "RawLink", mock.MagicMock())
         creation = Creation(
             name="web",
@@ -307,6 +312,7 @@ class World:
             mtus={0: 1500},
             heartbeat=HeartbeatConfig(0.5, 30.0),
             clock_offset_ns=clock_offset_ns,
+            host_addresses=(ip_address("10.77.0.11"),),
         )
         self.session = ColoBackupSession(
             BackupConfig(unknown=unknown),
@@ -337,7 +343,8 @@ class World:
         self.svm_exists = False
         self.destroyed += 1
 
-    def _probe(self, *_: object) -> Verdict:
+    def _probe(self, sides: list[LanSide], _window_s: float) -> Verdict:
+        self.asked = sides
         self.faults.step("probe")
         if isinstance(self.verdict, Exception):
             raise self.verdict
@@ -357,6 +364,15 @@ class World:
             self._thread.join(PATIENCE_S)
             join_all()
             self._stack.close()
+
+    def take_over(self) -> None:
+        """A whole life: the primary leaves after a checkpoint, the SVM is the guest, and then remusd ends."""
+        with self.running() as primary:
+            primary.begin()
+            primary.checkpoint()
+            primary.leave()
+            self.await_event("active")
+            self.session.shut_down()
 
     def await_event(self, name: str) -> None:
         deadline_s = time.monotonic() + PATIENCE_S

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Any
 from unittest import mock
 
@@ -227,6 +228,7 @@ class Path:
         self.links = mock.Mock()
         self.links.master_of.return_value = None
         self.links.mtu.return_value = 1500
+        self.links.addresses.return_value = {ip_address("10.77.0.11")}
         self.vifs = [VifPath(faults)]
         self.started = False
         self.closed = False

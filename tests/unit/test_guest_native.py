@@ -34,6 +34,7 @@ chmod 666 "$root/run/redis.log"
 mount --rbind /dev "$root/dev"
 ip link set lo up
 ip addr add 10.77.0.10/24 dev lo
+ip addr add fd77::10/64 dev lo nodad
 in_root() { env -i PATH=/usr/sbin:/usr/bin chroot "$root" "$@"; }
 in_root guest_services 7 /run/guest_services.socket &
 in_root start-stop-daemon -S -q -c redis:redis -x /usr/bin/redis-server -- /etc/redis.conf &
@@ -80,9 +81,10 @@ def in_guest(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_load_finds_nothing_wrong(root: Path) -> None:
+@pytest.mark.parametrize("target", ["10.77.0.10", "fd77::10"])
+def test_the_load_finds_nothing_wrong(root: Path, target: str) -> None:
     done = in_guest(
-        root, sys.executable, "-m", "remus_colo.testbed.load", "--target=10.77.0.10", "--seconds=2", "--udp=2",
+        root, sys.executable, "-m", "remus_colo.testbed.load", f"--target={target}", "--seconds=2", "--udp=2",
         f"--sizes={','.join(load_content.SIZES)}", "--churn=20", "--random-every=0.2", "--time-every=0.2", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout

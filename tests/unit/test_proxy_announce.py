@@ -58,6 +58,42 @@ def test_who_answers_a_probe() -> None:
     assert not announce.answers_probe(arp(announce.RARP_REQUEST, OTHER, V4), MAC, V4)
 
 
+def test_neighbour_probe() -> None:
+    frame = announce.neighbour_probe(MAC, IPv6Address("2001:db8::12:3456:789a"))
+    assert frame[:14].hex() == "3333ff56789a" + MAC.hex() + "86dd"
+    assert frame[14:22].hex() == "6000000000183aff"
+    assert frame[22:54] == bytes(16) + IPv6Address("ff02::1:ff56:789a").packed
+    assert frame[54:56].hex() == "8700"
+    assert frame[58:] == bytes(4) + IPv6Address("2001:db8::12:3456:789a").packed
+    assert is_summed(frame)
+    assert announce.probe(MAC, V6) == announce.neighbour_probe(MAC, V6)
+    assert announce.probe(MAC, V4) == announce.arp_probe(MAC, V4)
+
+
+def test_link_local() -> None:
+    """The example of RFC 4291, appendix A, has the MAC address 34-56-78-9A-BC-DE of RFC 2464, 4."""
+    assert announce.link_local(bytes.fromhex("3456789abcde")) == IPv6Address("fe80::3656:78ff:fe9a:bcde")
+
+
+def test_who_is_there() -> None:
+    def neighbour(frame: bytes) -> announce.Address | None:
+        return announce.neighbour(frame[14:], int.from_bytes(frame[12:14], "big"))
+
+    assert neighbour(announce.gratuitous_arp(MAC, V4)) == V4
+    assert neighbour(announce.neighbour_advertisement(MAC, V6)) == V6
+    assert neighbour(announce.arp_probe(MAC, V4)) is None
+    assert neighbour(announce.neighbour_probe(MAC, V6)) is None
+    echo = bytes((128,)) + bytes(7)
+    for packet in (
+        ipv6("fe80::1", 255, echo),
+        ipv6("fe80::1", 254, b"\x88" + bytes(23)),
+        ipv6("fe80::1"),
+        b"",
+    ):
+        assert announce.neighbour(packet, announce.ETHERTYPE_IPV6) is None
+    assert announce.neighbour(ipv4("192.0.2.1"), announce.ETHERTYPE_IPV4) is None
+
+
 def test_neighbour_advertisement() -> None:
     frame = announce.neighbour_advertisement(MAC, V6)
     assert frame[:14].hex() == "33330000000100163e01020386dd"
@@ -66,12 +102,16 @@ def test_neighbour_advertisement() -> None:
     assert frame[54:56].hex() == "8800"
     assert frame[58:62].hex() == "20000000"
     assert frame[62:] == V6.packed + bytes((2, 1)) + MAC
-    # RFC 1071: the sum over pseudo-header and message, checksum included, is all ones.
-    covered = frame[22:54] + struct.pack("!II", 32, 58) + frame[54:]
+    assert is_summed(frame)
+
+
+def is_summed(frame: bytes) -> bool:
+    """RFC 1071: the sum over pseudo-header and message, checksum included, is all ones."""
+    covered = frame[22:54] + struct.pack("!II", len(frame) - 54, 58) + frame[54:]
     total = sum(word for (word,) in struct.iter_unpack("!H", covered))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    assert total == 0xFFFF
+    return total == 0xFFFF
 
 
 def test_a_routers_advertisement_says_so() -> None:
@@ -121,6 +161,14 @@ def test_it_learns_from_packets_newest_first(book: AddressBook) -> None:
     book.learn_packet(ipv6("fe80::1", 255))
     book.learn_packet(ipv4("192.0.2.80"))
     assert book.addresses == [V4, IPv6Address("fe80::1"), V6]
+
+
+def test_what_goes_to_many() -> None:
+    for destination, many in (("192.0.2.9", False), ("224.0.0.251", True), ("255.255.255.255", True)):
+        assert announce.is_to_many(ipv4("192.0.2.1")[:16] + IPv4Address(destination).packed) is many
+    assert announce.is_to_many(ipv6("fe80::1"))
+    assert not announce.is_to_many(ipv6("fe80::1")[:24] + IPv6Address("fe80::2").packed)
+    assert not announce.is_to_many(b"")
 
 
 def test_it_is_bounded_and_keeps_the_newest(book: AddressBook) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+from ipaddress import ip_address
 
 import pytest
 from backup_world import NOW_NS, World
@@ -237,12 +238,7 @@ def test_a_part_of_the_end_that_fails_does_not_keep_the_others() -> None:
 
 def test_a_takeover() -> None:
     world = World()
-    with world.running() as primary:
-        primary.begin()
-        primary.checkpoint()
-        primary.leave()
-        world.await_event("active")
-        world.session.shut_down()
+    world.take_over()
     world.assert_serving()
     assert world.states()[-3:] == ["arbitrating", "active", "stopped"]
     assert world.faults.steps.count("rename") == 1
@@ -254,12 +250,7 @@ def test_a_takeover() -> None:
 def test_a_takeover_whose_finish_fails(step: str, caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     world.faults.planned[step] = HostError("no space left")
-    with world.running() as primary:
-        primary.begin()
-        primary.checkpoint()
-        primary.leave()
-        world.await_event("active")
-        world.session.shut_down()
+    world.take_over()
     world.assert_serving()
     assert {"rename", "change_config", "delete_isolated"} <= set(world.faults.steps)
     assert "not quite what it was: no space left" in caplog.text
@@ -352,14 +343,18 @@ def test_a_primary_that_is_not_known_to_be_dead(verdict: Verdict | Exception) ->
     assert "open_lan" not in world.faults.steps
 
 
+def test_neither_host_is_asked_whether_the_lan_works() -> None:
+    """The one cannot answer itself, the other may be dead: a guest that they alone talked to would have no heir."""
+    world = World(verdict=Verdict.DEAD)
+    client, primary_host, this_host = (ip_address(f"10.77.0.{number}") for number in (10, 11, 12))
+    world.path.vifs[0].client_addresses.addresses = [client, primary_host, this_host]
+    world.take_over()
+    assert [side.client_addresses for side in world.asked] == [[client]]
+
+
 def test_an_arbiter_that_fails_cannot_tell_and_the_policy_decides() -> None:
     world = World(verdict=RuntimeError("a mistake"), unknown=UnknownPolicy.TAKE_OVER)
-    with world.running() as primary:
-        primary.begin()
-        primary.checkpoint()
-        primary.leave()
-        world.await_event("active")
-        world.session.shut_down()
+    world.take_over()
     world.assert_serving()
 
 

@@ -55,6 +55,7 @@ def test_a_good_one() -> None:
         *((("config", "c_info", "name"), value) for value in ("", "-x", "a b", "a\n", None, 5)),
         *((("name",), value) for value in ("", "-x", "web\n<2>root: all is well", "web\0")),
         *((("mode",), value) for value in ("", "fast")),
+        *((("host_addresses",), value) for value in ("10.0.0.1", None, ["x"], [None], [{}], {})),
         *((("clock_offset_ns",), value) for value in (1.5, "5", True, [], 1 << 63, -(1 << 63) - 1)),
     ],
 )
@@ -82,6 +83,12 @@ def test_a_guest_of_unknown_size_has_no_limit(config: dict[str, Any]) -> None:
 def test_the_clock_that_the_svm_gets(offset_ns: int | None) -> None:
     assert Creation.parse(message(fields() | {"clock_offset_ns": offset_ns})).clock_offset_ns == offset_ns
     assert Creation.parse(message(fields())).clock_offset_ns is None
+
+
+def test_the_primarys_own_addresses() -> None:
+    created = Creation.parse(message(fields() | {"host_addresses": ["10.77.0.1", "fe80::1"]}))
+    assert [str(address) for address in created.host_addresses] == ["10.77.0.1", "fe80::1"]
+    assert Creation.parse(message(fields())).host_addresses == ()
 
 
 def begin(pages: int) -> Message:

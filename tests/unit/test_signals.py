@@ -22,11 +22,13 @@ PATIENCE_S = 30
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """The test's own are as before."""
+    """As in a shell, also if the tests run under nohup; and as before when a test has ended."""
     numbers = (*signals.ENDING, signal.SIGTTIN)
+    of_whoever_runs_it = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in numbers]
     yield
     assert [signal.getsignal(number) for number in numbers] == before
+    signal.signal(signal.SIGHUP, of_whoever_runs_it)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

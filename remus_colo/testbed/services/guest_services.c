@@ -122,7 +122,7 @@ static void echo_stream(struct endpoint *e)
 static void echo_datagrams(struct endpoint *e)
 {
     static char datagram[65536];
-    struct sockaddr_in peer;
+    struct sockaddr_storage peer;
     socklen_t peer_bytes;
     ssize_t n;
 
@@ -232,15 +232,19 @@ static void http_request(struct endpoint *e)
         forget(e);
 }
 
-static int inet_socket(int type, int port)
+static int inet_socket(int family, int type, int port)
 {
     struct sockaddr_in address = { .sin_family = AF_INET, .sin_port = htons((uint16_t)port) };
-    int fd = socket(AF_INET, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), one = 1;
+    struct sockaddr_in6 address6 = { .sin6_family = AF_INET6, .sin6_port = htons((uint16_t)port) };
+    int fd = socket(family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), one = 1;
 
     if (fd < 0)
         die("socket");
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
-    if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0)
+    if (family == AF_INET6)
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one);
+    if (family == AF_INET ? bind(fd, (struct sockaddr *)&address, sizeof address)
+                          : bind(fd, (struct sockaddr *)&address6, sizeof address6))
         die("bind");
     if (type == SOCK_STREAM && listen(fd, BACKLOG) < 0)
         die("listen");
@@ -279,8 +283,12 @@ int main(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);
     if ((epoll_fd = epoll_create1(EPOLL_CLOEXEC)) < 0)
         die("epoll_create1");
-    adopt(inet_socket(SOCK_STREAM, atoi(argv[1])), ECHO_LISTENER);
-    adopt(inet_socket(SOCK_DGRAM, atoi(argv[1])), ECHO_DATAGRAMS);
+    for (int i = 0; i < 2; i++) {
+        int family = i ? AF_INET6 : AF_INET;
+
+        adopt(inet_socket(family, SOCK_STREAM, atoi(argv[1])), ECHO_LISTENER);
+        adopt(inet_socket(family, SOCK_DGRAM, atoi(argv[1])), ECHO_DATAGRAMS);
+    }
     adopt(unix_listener(argv[2]), HTTP_LISTENER);
     for (;;) {
         int n = epoll_wait(epoll_fd, events, EVENTS, -1);
