@@ -15,6 +15,8 @@ MODE ?= colo
 GUEST ?= pvh
 # transparent, cooperative or auto
 CHECKPOINT ?=
+# of Debian, for the hosts
+RELEASE ?= debian-13
 XEN ?= $(if $(filter clock,$(KIND)),patched,debian)
 SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
@@ -25,7 +27,7 @@ FUZZ_SECONDS ?= 600
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
 	@echo 'make test     all tests (about 50 minutes)'
-	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv|hvm CHECKPOINT=auto'
+	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv|hvm CHECKPOINT=auto RELEASE=debian-13|debian-12'
 	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make bench    what protection costs'
 	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
@@ -56,7 +58,7 @@ check-patches:
 	@$(PYTHON) -m remus_colo.testbed.xen_build
 
 soak: setup
-	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) --mode $(MODE) --guest $(GUEST) $(if $(N),-n $(N)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --xen $(XEN) --skew $(SKEW)
+	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) --mode $(MODE) --guest $(GUEST) $(if $(N),-n $(N)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --xen $(XEN) --skew $(SKEW) --release $(RELEASE)
 
 bench: setup
 	@$(TEST_PYTHON) -m remus_colo.testbed.bench

@@ -49,7 +49,7 @@ def install() -> None:
 
 
 def extend(path: MutableSequence[str], name: str) -> None:
-    """Append the folders of the distribution's package ``name`` to ours of the same name.
+    """Append the folders of the distribution's package ``name`` to ours of the same name; one on ``sys.path`` is meant, and goes first.
 
     :param path: the ``__path__`` of our package.
     """
@@ -60,7 +60,7 @@ def extend(path: MutableSequence[str], name: str) -> None:
     relative = os.path.join(*name.split("."))
     for found in (
         *beside,
-        *(os.path.join(folder, relative) for folder in (*bindings.candidates(), *sys.path)),
+        *(os.path.join(folder, relative) for folder in (*sys.path, *bindings.candidates())),
     ):
         if found not in path and os.path.isdir(found) and not os.path.samefile(found, path[0]):
             path.append(found)

@@ -39,18 +39,24 @@ BOOT_TIMEOUT_S = 600.0
 PAUSE_TIMEOUT_S = 10.0
 DEFAULT_MEMORY_MB = 3000
 DEFAULT_DOM0_MB = 1500
+DEFAULT_RELEASE = "debian-13"
+RELEASES = tuple(dom0_image.RELEASES)
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a bed was brought up; kept with it, so that ``boot`` boots a host the same way again."""
+    """How a bed was brought up; kept with it, so that ``boot`` boots a host the same way again.
+
+    :ivar release: of Debian, for dom0: one of :data:`RELEASES`.
+    """
 
     xen: str = "debian"
     memory_mb: int = DEFAULT_MEMORY_MB
     dom0_mb: int = DEFAULT_DOM0_MB
     skew_s: float = 0.0
     accel: str = "auto"
+    release: str = DEFAULT_RELEASE
     device_model: bool = False  # dom0 has the QEMU that HVM guests need
 
 
@@ -95,7 +101,7 @@ class Bed:
                 for name in HOSTS:
                     self._start(name, options)
                 self._power_on(options.skew_s)
-                code = worktree.archive()
+                code = worktree.archive(options.release)
                 for name in HOSTS:
                     self._wait_ready(name)
                 _each_host(lambda name: worktree.install(self.remote(name), code))
@@ -139,14 +145,14 @@ class Bed:
         with self._locked():
             self._start(host, options)
             self._host(host).qmp("cont")
-            code = worktree.archive()
+            code = worktree.archive(options.release)
             self._wait_ready(host)
             worktree.install(self.remote(host), code)
 
     def sync(self) -> None:
         """Install the work tree's code, as it is now, in the hosts that run."""
         self._need_up()
-        code = worktree.archive()
+        code = worktree.archive(self.options().release)
 
         def install(name: str) -> None:
             state = self.hosts[name].state()
@@ -252,10 +258,10 @@ class Bed:
 
     def _prepare(self, options: Options) -> None:
         """Build what is missing, and note what the hosts are booted from."""
-        image = dom0_image.image(device_model=options.device_model)
+        image = dom0_image.image(options.release, device_model=options.device_model)
         _, key = key_pair()
         spec = {
-            "xen": str(dom0_image.xen_binary(options.xen)), "vmlinuz": str(image.vmlinuz),
+            "xen": str(dom0_image.xen_binary(options.xen, options.release)), "vmlinuz": str(image.vmlinuz),
             "initrd": str(image.initrd), "disk": str(image.disk), "domu_disk": str(domu_disk.domu_disk()), "key": key,
             "memory_mb": options.memory_mb, "dom0_mb": options.dom0_mb,
         }  # fmt: skip

@@ -14,7 +14,15 @@ from pathlib import Path
 from remus_colo.errors import ExitStatus, RemusError
 from remus_colo.testbed import bed_logs, bed_status
 from remus_colo.testbed.arguments import finite
-from remus_colo.testbed.bed import DEFAULT_DOM0_MB, DEFAULT_MEMORY_MB, Bed, Options, bed_names
+from remus_colo.testbed.bed import (
+    DEFAULT_DOM0_MB,
+    DEFAULT_MEMORY_MB,
+    DEFAULT_RELEASE,
+    RELEASES,
+    Bed,
+    Options,
+    bed_names,
+)
 from remus_colo.testbed.ending import exit_on_signals
 from remus_colo.testbed.network import HOSTS
 
@@ -46,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     )
     up.add_argument(
         "--xen", default="debian", metavar="XEN", help="'debian', 'patched', or the path of a hypervisor"
+    )
+    up.add_argument(
+        "--release", choices=RELEASES, default=DEFAULT_RELEASE, help="Debian's, for the hosts (%(default)s)"
     )
     up.add_argument("--memory", type=int, default=DEFAULT_MEMORY_MB, metavar="MB", help="memory of each host")
     up.add_argument(
@@ -128,7 +139,7 @@ def _run(args: argparse.Namespace) -> int | None:
     bed = Bed(args.bed, args.state)
     match args.command:
         case "up":
-            bed.up(Options(xen=args.xen, memory_mb=args.memory, dom0_mb=args.dom0_memory, skew_s=args.skew,
+            bed.up(Options(xen=args.xen, memory_mb=args.memory, dom0_mb=args.dom0_memory, skew_s=args.skew, release=args.release,
                            accel=args.accel, device_model=args.device_model))  # fmt: skip
         case "down":
             bed.down()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The hosts' dom0: Debian 13 with its Xen 4.20, all from Debian's packages.
+"""The hosts' dom0: a Debian release with its Xen, all from Debian's packages.
 
 Two cached results.  The *root tree* is what the packages install, ready for chroot (the work tree's
 code is built in it).  The *image* is a directory with ``disk.img``, ``xen``, ``vmlinuz`` and ``initrd``, for QEMU.
@@ -21,19 +21,18 @@ from pathlib import Path
 from remus_colo.testbed import cache, guest_cpio, xen_build
 from remus_colo.testbed.commands import need, run
 from remus_colo.testbed.errors import BedError
+from remus_colo.testbed.xen_source import SUITES
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-SUITE = "trixie"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DISK_BYTES = 3 << 30
 
 PACKAGES = (
-    # Xen
-    "xen-utils-4.20", "xen-hypervisor-4.20-amd64", "xenstore-utils", "linux-image-amd64",
+    "xenstore-utils", "linux-image-amd64",
     # what remus_colo depends on, and what builds it
-    "python3", "python3-pyxs", "python3-netfilterqueue", "python3-cffi", "python3-pyroute2",
+    "python3", "python3-pyxs", "python3-cffi", "python3-pyroute2",
     "python3-setuptools", "python3-wheel", "python3-pip", "python3-dev", "libxen-dev", "gcc", "libc6-dev",
     # the bed
     "openssh-server", "busybox-static", "iproute2", "nftables", "kmod", "procps", "udev",
@@ -74,6 +73,30 @@ DOM0_MODULES = (
     "nfnetlink", "nfnetlink_queue", "nf_tables", "nft_queue",
 )  # fmt: skip
 
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A release of Debian.
+
+    :ivar xen: version of its Xen, as its packages' names have it.
+    :ivar packages: that only it has.
+    """
+
+    suite: str
+    xen: str
+    packages: tuple[str, ...] = ()
+
+    def all_packages(self, *, device_model: bool) -> tuple[str, ...]:
+        xen = (f"xen-utils-{self.xen}", f"xen-hypervisor-{self.xen}-amd64")
+        return xen + PACKAGES + self.packages + (DEVICE_MODEL_PACKAGES if device_model else ())
+
+
+# Debian 12 has no NetfilterQueue: our own reader of queues needs none.
+RELEASES = {
+    "debian-13": Release(SUITES["debian-13"], "4.20", ("python3-netfilterqueue",)),
+    "debian-12": Release(SUITES["debian-12"], "4.17"),
+}
+
 SSHD_CONFIG = """\
 Port 22
 HostKey /etc/ssh/ssh_host_ed25519_key
@@ -87,15 +110,9 @@ PrintLastLog no
 MaxSessions 200
 MaxStartups 100
 StrictModes no
-SetEnv PATH=/usr/lib/xen-4.20/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
+SetEnv PATH=/usr/lib/xen-{xen}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8
 Subsystem sftp internal-sftp
 """
-
-ROOT_RECIPE = {
-    "suite": SUITE, "mirror": os.environ.get("REMUS_COLO_MIRROR", ""), "packages": PACKAGES, "apt": APT_OPTIONS, "dpkg": DPKG_OPTIONS,
-    "dropped": DROPPED_DRIVERS + DROPPED_TREES, "version": 2,
-}  # fmt: skip
-DEVICE_MODEL_RECIPE = ROOT_RECIPE | {"packages": PACKAGES + DEVICE_MODEL_PACKAGES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,35 +125,48 @@ class Dom0Image:
     initrd: Path
 
 
-def root_tree(*, device_model: bool = False) -> Path:
+def root_recipe(release: str, *, device_model: bool = False) -> dict[str, object]:
+    """What :func:`root_tree` is made of."""
+    debian = RELEASES[release]
+    return {
+        "suite": debian.suite, "packages": debian.all_packages(device_model=device_model), "mirror": os.environ.get("REMUS_COLO_MIRROR", ""),
+        "apt": APT_OPTIONS, "dpkg": DPKG_OPTIONS, "dropped": DROPPED_DRIVERS + DROPPED_TREES, "version": 2,
+    }  # fmt: skip
+
+
+def root_tree(release: str, *, device_model: bool = False) -> Path:
     """The dom0's root tree, built when absent (1 to 2 minutes, downloads about 200 MB).
 
+    :param release: a key of :data:`RELEASES`.
     :param device_model: the variant that runs HVM guests, too.
     """
-    packages = PACKAGES + (DEVICE_MODEL_PACKAGES if device_model else ())
-    recipe = DEVICE_MODEL_RECIPE if device_model else ROOT_RECIPE
-    return cache.entry("dom0-root", recipe, functools.partial(_build_root, packages))
+    debian = RELEASES[release]
+    build = functools.partial(_build_root, debian.suite, debian.all_packages(device_model=device_model))
+    return cache.entry("dom0-root", root_recipe(release, device_model=device_model), build)
 
 
-def image(*, device_model: bool = False) -> Dom0Image:
-    """The dom0's disk and boot files, built when absent; ``device_model`` as for :func:`root_tree`."""
+def image(release: str, *, device_model: bool = False) -> Dom0Image:
+    """The dom0's disk and boot files, built when absent; parameters as for :func:`root_tree`."""
+    sshd = SSHD_CONFIG.format(xen=RELEASES[release].xen)
     recipe = {
-        "root": DEVICE_MODEL_RECIPE if device_model else ROOT_RECIPE, "init": (HERE / "dom0_init.sh").read_text(), "modules": DOM0_MODULES,
+        "root": root_recipe(release, device_model=device_model), "init": (HERE / "dom0_init.sh").read_text(), "modules": DOM0_MODULES,
         "initrd": (HERE / "dom0_initrd.sh").read_text(), "initrd_modules": INITRD_MODULES,
-        "sshd": SSHD_CONFIG, "disk_bytes": DISK_BYTES, "version": 1,
+        "sshd": sshd, "disk_bytes": DISK_BYTES, "version": 1,
     }  # fmt: skip
     path = cache.entry(
-        "dom0-image", recipe, lambda path: _build_image(root_tree(device_model=device_model), path)
+        "dom0-image",
+        recipe,
+        lambda path: _build_image(root_tree(release, device_model=device_model), sshd, path),
     )
     return Dom0Image(path / "disk.img", path / "xen", path / "vmlinuz", path / "initrd")
 
 
-def xen_binary(xen: str) -> Path:
+def xen_binary(xen: str, release: str) -> Path:
     """The hypervisor to boot: ``debian``, ``patched`` (built here), or the path of another one (gzipped or not)."""
     if xen == "debian":
-        return image().xen
+        return image(release).xen
     if xen == "patched":
-        return xen_build.patched()
+        return xen_build.patched(release)
     source = Path(xen)
     if not source.is_file():
         raise BedError(f"--xen {xen}: neither 'debian' nor 'patched' nor a hypervisor file")
@@ -147,12 +177,12 @@ def xen_binary(xen: str) -> Path:
     return cache.entry("xen", {"sha256": cache.file_hash(source)}, build)
 
 
-def _build_root(packages: Sequence[str], path: Path) -> None:
+def _build_root(suite: str, packages: Sequence[str], path: Path) -> None:
     need("mmdebstrap")
     if not KEYRING.exists():
         raise BedError(f"{KEYRING} is missing: install the package debian-archive-keyring")
     log.info(
-        "installing Debian %s with Xen for the hosts' dom0 (about 1 to 2 minutes, 200 MB to download)", SUITE
+        "installing Debian %s with Xen for the hosts' dom0 (about 1 to 2 minutes, 200 MB to download)", suite
     )
     began = time.monotonic()
     argv: list[str | Path] = ["nice", "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase",
@@ -162,7 +192,7 @@ def _build_root(packages: Sequence[str], path: Path) -> None:
     # The initrd is ours; Debian's would take longer to make than all the rest.
     no_initrd = "echo update_initramfs=no > $1/etc/initramfs-tools/update-initramfs.conf"
     argv += [f"--setup-hook=mkdir -p $1/etc/initramfs-tools && {no_initrd}"]
-    argv += ["--include=" + ",".join(packages), SUITE, path]
+    argv += ["--include=" + ",".join(packages), suite, path]
     # Without a mirror mmdebstrap takes Debian's own, with security updates.
     argv += [m for m in (os.environ.get("REMUS_COLO_MIRROR"),) if m]
     run(argv, timeout_s=1800)
@@ -188,7 +218,7 @@ def _trim_modules(root: Path) -> None:
     run(["chroot", root, "depmod", modules.name], timeout_s=120)
 
 
-def _build_image(root: Path, path: Path) -> None:
+def _build_image(root: Path, sshd: str, path: Path) -> None:
     need("mke2fs")
     log.info("making the hosts' disk image (about 15 seconds)")
     path.mkdir()
@@ -204,7 +234,7 @@ def _build_image(root: Path, path: Path) -> None:
     run(["cp", "-al", root, stage], timeout_s=120)
     try:
         _put(stage / "usr/local/sbin/testbed-init", (HERE / "dom0_init.sh").read_text(), 0o755)
-        _put(stage / "etc/ssh/sshd_config", SSHD_CONFIG)
+        _put(stage / "etc/ssh/sshd_config", sshd)
         _put(stage / "etc/testbed-modules", "\n".join(DOM0_MODULES) + "\n")
         _put(stage / "etc/resolv.conf", "")
         _put(stage / "etc/hostname", "dom0\n")

@@ -22,7 +22,7 @@ from typing import Any
 
 from remus_colo.testbed import machine, scenario_clock, scenario_endurance, scenario_trial
 from remus_colo.testbed.arguments import finite, some
-from remus_colo.testbed.bed import Bed, Options
+from remus_colo.testbed.bed import DEFAULT_RELEASE, RELEASES, Bed, Options
 from remus_colo.testbed.ending import exit_on_signals, exit_status
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection, fresh
@@ -95,7 +95,12 @@ def _try(
     bed: Bed, options: argparse.Namespace, plan: Plan, directory: Path
 ) -> tuple[Outcome | None, list[str]]:
     """One failover with both hosts booted anew."""
-    fresh(bed, Options(xen=options.xen, skew_s=options.skew, device_model=options.guest == "hvm"))
+    fresh(
+        bed,
+        Options(
+            xen=options.xen, release=options.release, skew_s=options.skew, device_model=options.guest == "hvm"
+        ),
+    )
     with Protection(bed) as protection:
         outcome = None
         try:
@@ -155,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="of the guest's watch, for clock (default: %(default)s)",
     )
     add("--xen", default="debian", metavar="XEN", help="as for the bed's up: 'debian', 'patched' or a file")
+    add("--release", choices=RELEASES, default=DEFAULT_RELEASE, help="as for the bed's up (%(default)s)")
     add("--checkpoint", choices=("transparent", "cooperative", "auto"), help="as for remus")
     add(
         "--mode",
@@ -195,10 +201,10 @@ def main(arguments: list[str] | None = None) -> int:
         bed = Bed(options.bed)
         try:
             if options.kind == "memory":
-                fresh(bed, Options(xen=options.xen, skew_s=options.skew))
+                fresh(bed, Options(xen=options.xen, release=options.release, skew_s=options.skew))
                 found, well = scenario_endurance.run(bed, options.n, _remus_options(options), directory)
             elif options.kind == "clock":
-                fresh(bed, Options(xen=options.xen, skew_s=options.skew))
+                fresh(bed, Options(xen=options.xen, release=options.release, skew_s=options.skew))
                 found, well = scenario_clock.run(
                     bed, options.n, options.checkpoints, options.timer, _remus_options(options), directory,
                     wanted_mode(options.xen, options.checkpoint),

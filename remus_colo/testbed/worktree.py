@@ -65,8 +65,11 @@ def sources(checkout: Path = CHECKOUT) -> Iterator[Path]:
     yield from sorted(found)
 
 
-def archive(checkout: Path = CHECKOUT) -> Path:
-    """A tar archive of the installed package, relative to dom0's root; built when the sources have changed."""
+def archive(release: str, checkout: Path = CHECKOUT) -> Path:
+    """A tar archive of the installed package, relative to dom0's root; built when the sources have changed.
+
+    :param release: dom0's, a key of :data:`~remus_colo.testbed.dom0_image.RELEASES`.
+    """
     with tempfile.TemporaryDirectory(prefix="testbed-code-") as directory:
         # Of a copy, since somebody may be at work in the checkout: what is hashed is what is built.
         copy = Path(directory) / "src"
@@ -78,10 +81,10 @@ def archive(checkout: Path = CHECKOUT) -> Path:
             except FileNotFoundError:
                 continue  # removed just now
             files[str(name)] = cache.file_hash(copy / name)
-        recipe = {"root": dom0_image.ROOT_RECIPE, "files": files, "script": BUILD_SCRIPT}
+        recipe = {"root": dom0_image.root_recipe(release), "files": files, "script": BUILD_SCRIPT}
 
         def build(path: Path) -> None:
-            root = dom0_image.root_tree()
+            root = dom0_image.root_tree(release)
             log.info("building the work tree's code for dom0 (some seconds)")
             run(["unshare", "--mount", "sh", "-c", BUILD_SCRIPT, "build", root, copy, path], timeout_s=300)
 

@@ -26,7 +26,6 @@ from remus_colo.testbed.xen_source import PATCHES, SUITES, XenSource
 
 log = logging.getLogger(__name__)
 
-BED_RELEASE = "debian-13"  # whose packages the test bed's dom0 is made of
 JOBS = 2
 SCRATCH = "xen-building-"
 BUILD_LIMIT_S = 3600
@@ -37,9 +36,10 @@ MAKE_ARGUMENTS = ("XEN_TARGET_ARCH=x86_64", "XEN_COMPILE_ARCH=x86_64")
 ENVIRONMENT = {"WGET": "/bin/false", "GIT": "/bin/false", "LC_ALL": "C.UTF-8", "PYTHON": "python3"}
 
 
-def patched(release: str = BED_RELEASE, *, fresh: bool = False) -> Path:
+def patched(release: str, *, fresh: bool = False) -> Path:
     """The patched hypervisor's ELF file, built when absent (2 to 4 minutes).
 
+    :param release: a key of ``SUITES``.
     :param fresh: build it of the newest source that Debian has.
     :raise HostError: no checkout with patches is at hand, the source cannot be had, or a patch does not apply.
     """

@@ -4,12 +4,13 @@
 One bed serves all tests.  A test gets a :class:`Protection` on it with both hosts up and nothing running but,
 maybe, the guest; after a test that killed a host, failed or left something behind the bed is made anew.
 
-``REMUS_COLO_TEST_BED`` names a bed to use instead of one of our own; if it is up already it is left up.  Logs of
+``REMUS_COLO_TEST_BED`` names a bed to use instead of one of our own; if it is up already it is left up, and made anew as it was.  Logs of
 tests that failed are kept below ``build/e2e-logs``.  With ``CI=true`` a skipped test counts as failed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -73,6 +74,7 @@ class BedKeeper:
         named = os.environ.get("REMUS_COLO_TEST_BED")
         self.bed = Bed(named or f"e2e-{os.getpid()}")
         self._keep = bool(named) and self.bed.network.exists()
+        self._options = self.bed.options() if self._keep else Options()
         self._skew_s = 0.0
         self.in_order = False
 
@@ -86,7 +88,7 @@ class BedKeeper:
             self._take_over()
         if not self.in_order or skew_s != self._skew_s:
             self.in_order = False
-            fresh(self.bed, Options(skew_s=skew_s))
+            fresh(self.bed, dataclasses.replace(self._options, skew_s=skew_s))
             self._skew_s, self.in_order = skew_s, True
         return Protection(self.bed)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import random
 import shlex
@@ -15,7 +16,6 @@ import pytest
 
 from remus_colo.errors import ExitStatus
 from remus_colo.testbed import scenario_trial
-from remus_colo.testbed.bed import Options
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.remote_process import RemoteProcess
 from remus_colo.testbed.scenario import GUEST, HEARTBEAT_TIMEOUT_MS, Protection, fresh
@@ -172,7 +172,7 @@ def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -
 @pytest.mark.long
 def test_failover_of_an_hvm_guest(protection: Protection, chance: random.Random) -> None:
     """In a bed whose hosts have QEMU for Xen: its device model is saved with each checkpoint, and made anew from the last."""
-    fresh(protection.bed, Options(device_model=True))
+    fresh(protection.bed, dataclasses.replace(protection.bed.options(), device_model=True))
     after_s = chance.uniform(6, 10)
     plan = Plan(
         "primary", after_s, after_s + HVM_AFTERWARDS_S, LOAD, {"interval": 200}, colo=False, guest="hvm"
