@@ -94,10 +94,11 @@ class Protection:
             self.bed.exec(host, f"sed {shlex.quote('; '.join(changes))} {config} > /run/{name}-changed.cfg")
             config = f"/run/{name}-changed.cfg"
         self.bed.exec(host, f"rm -f {console}; xl create -q {config}", GUEST_TIMEOUT_S)
+        # tail sleeps until there is more to read: programs that look again and again would take the guest's processor.
+        follow = f"exec {{fd}}< <(exec timeout {GUEST_TIMEOUT_S:.0f} tail -n +1 -F {console} 2> /dev/null)"
         self.bed.exec(
             host,
-            f"timeout {GUEST_TIMEOUT_S:.0f} sh -c 'until grep -qs \"GUEST READY\" {console}; do sleep 0.2; done' "
-            f"|| {{ tail {console}; xl list; false; }}",
+            f"{follow}; tail=$!; if grep -qm1 'GUEST READY' <&$fd; then kill $tail; else tail {console}; xl list; false; fi",
             GUEST_TIMEOUT_S + 30,
         )
 
