@@ -131,6 +131,26 @@ def test_what_is_told(text: str, note: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "host", "allowed"),
+    [
+        # from the comments of Xen 3.0's own file
+        (r"'^localhost$ ^.*\.example\.org$'", "localhost", True),
+        (r"'^localhost$ ^.*\.example\.org$'", "alpha.example.org", False),
+        (r"'^localhost$ ^.*\.example\.org$'", "exampleorg", True),
+        (r"'^localhost$ ^.*\\.example\\.org$'", "alpha.example.org", True),
+        (r"'^[\.h]ost$'", "host", True),
+        (r"^10[.]\d", "10.7", True),
+        (r"^\\host", "\\host", True),
+    ],
+)
+def test_a_backslash_that_means_nothing_in_a_pattern_is_dropped_as_for_xend(
+    text: str, host: str, allowed: bool
+) -> None:
+    (*patterns,) = config.read(f"(xend-relocation-hosts-allow {text})", SOURCE)["xend-relocation-hosts-allow"]
+    assert any(pattern.match(host) for pattern in patterns) is allowed
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("(a\n(b)", "line 1 column 1: unexpected end: this list is not closed"),
