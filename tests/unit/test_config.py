@@ -130,6 +130,14 @@ def test_what_is_told(text: str, note: str | None) -> None:
     assert [told.removeprefix(str(SOURCE)).lstrip(": ") for told in notes] == ([] if note is None else [note])
 
 
+def test_a_key_that_is_told_of_stays_on_its_line() -> None:
+    notes = config.read("('a\\nb' 1)\n('a\\nb' 2)", SOURCE).notes
+    assert [note.removeprefix(f"{SOURCE} ") for note in notes] == [
+        "line 1: nobody knows the key 'a\\nb'",
+        "line 2: 'a\\nb' is set in line 1 already, and that one counts",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "host", "allowed"),
     [
