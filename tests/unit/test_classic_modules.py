@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import socket
@@ -269,6 +270,34 @@ def test_a_page_that_has_lost_its_content_does_not_get_it_back() -> None:
     writer.slurp(io.BytesIO(header + page_data((0, 1), (1, 1)) + CHECKPOINT + without_content + CHECKPOINT))
     writer.close()
     assert out.getvalue() == header + page_data((0, 1)) + without_content + libxc.END_RECORD
+
+
+def test_an_image_whose_writer_just_goes_is_complete() -> None:
+    header = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32)
+    out = io.BytesIO()
+    writer = image.Writer(out)
+    writer.slurp(io.BytesIO(header + page_data((0, 1)) + record(4, b"state") + CHECKPOINT))
+    del writer
+    gc.collect()
+    expected = header + page_data((0, 1)) + record(4, b"state") + libxc.END_RECORD
+    assert out.getvalue() == expected
+    # one that was closed adds nothing, and still tells of what it is
+    out = io.BytesIO()
+    writer = image.Writer(out)
+    writer.slurp(io.BytesIO(header + page_data((0, 1)) + record(4, b"state") + CHECKPOINT))
+    writer.close()
+    assert writer.vm is not None and writer.vm.dom is not None and writer.vm.dom["name"] == "web"
+    writer.close()
+    del writer
+    gc.collect()
+    assert out.getvalue() == expected
+    # and one whose file is closed has nowhere to put it
+    closed = io.BytesIO()
+    writer = image.Writer(closed)
+    writer.slurp(io.BytesIO(header))
+    closed.close()
+    del writer
+    gc.collect()
 
 
 @pytest.mark.parametrize(
