@@ -34,6 +34,9 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_primary import RemusConfig, RemusEngine, RemusSession, SendingWorker
 
 LIVE_PIECE_BYTES = 1 << 20
+# Vifs whose output the script's own devices hold. It has made these before it opens the domain, and only then is cleaned up what
+# a protection has left that was killed.
+diverted: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ class Domain:
         refuse_device_model(self.name, config)
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(only_one(self.domid, self.name))
+            self._stack.enter_context(only_one(self.domid, self.name, diverted=diverted))
             self.store = self._stack.enter_context(Store())
             # one that has been left suspended would pass for one that has just done so, and be resumed
             with Guest(self.domid, writable=False) as guest:

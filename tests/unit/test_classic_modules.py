@@ -21,12 +21,14 @@ import pytest
 
 import remus_colo.classic.finder
 from remus_colo import config, dominfo
-from remus_colo.adapters import toolstack
+from remus_colo.adapters import ifb, toolstack
+from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import DomainInfo, ShutdownReason
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic import protection
 from remus_colo.classic.protection import Calls, Plain, goes_on
 from remus_colo.errors import DomainError, NetworkError, PeerLost
+from remus_colo.session import lock, recovery
 
 assert remus_colo.classic.finder.XenFinder
 
@@ -470,6 +472,57 @@ def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(protection, name, entered)
     with pytest.raises(checkpoint.error, match="web is suspended"):
         checkpoint.checkpointer().open(7)
+
+
+def test_cleaning_up_after_a_killed_protection_leaves_this_scripts_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are there before the domain is opened; without its detour the guest's output would be held no more."""
+    straight: list[str] = []
+
+    class Links:
+        names = staticmethod(list)
+        exists = staticmethod("ifb0".__eq__)
+        set_up = set_down = remove_mirror = staticmethod(lambda name: None)
+
+        def __enter__(self) -> Links:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def entered(*_: object, **__: object) -> Iterator[Any]:
+        yield SimpleNamespace(info=lambda: None)
+
+    monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
+    monkeypatch.setattr(toolstack, "domain_name", lambda _: "web")
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: CONFIG)
+    for module in (protection, lock):
+        monkeypatch.setattr(module, "Store", entered)
+    monkeypatch.setattr(protection, "Guest", entered)
+    monkeypatch.setattr(protection, "refuse_stopped", lambda *_: None)
+    monkeypatch.setattr(protection, "RemusEngine", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(lock, "RUN_DIR", tmp_path)
+    monkeypatch.setattr(lock.backend, "vifs", lambda *_: [Vif(7, 0), Vif(7, 1)])
+    monkeypatch.setattr(recovery, "QueueRules", lambda _: SimpleNamespace(remove_stale=lambda: None))
+    for module in (lock, device):
+        monkeypatch.setattr(module, "Links", Links)
+    monkeypatch.setattr(device, "CopyingTap", lambda _: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(ifb, "redirect_input", lambda *_: None)
+    monkeypatch.setattr(ifb, "stop_redirecting", lambda _, name: straight.append(name))
+    (tmp_path / "protect-7.lock").write_text("1\nabcdef\n")
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    protection.Domain(7).close()
+    assert "vif7.0" not in straight
+    assert "vif7.1" in straight
+    buffer.uninstall()
+    assert "vif7.0" in straight
+    (tmp_path / "protect-7.lock").write_text("1\n")
+    straight.clear()
+    protection.Domain(7).close()
+    assert "vif7.0" in straight
 
 
 # -- devices ---------------------------------------------------------------------------------------

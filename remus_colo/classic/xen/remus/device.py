@@ -23,6 +23,7 @@ from xen.remus.vif import VIF
 from remus_colo.adapters import drbd, ifb, kmod
 from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.rawlink import CopyingTap
+from remus_colo.classic import protection
 from remus_colo.devices.device import CheckpointedDevice
 from remus_colo.devices.disk import DRBD_PREFIX, DrbdDisk
 from remus_colo.devices.netbuffer import DRAIN_TIMEOUT_S, LIMIT_BYTES
@@ -186,6 +187,8 @@ class IFBBuffer(Netbuf):
             stack.callback(tap.close)
             stack.callback(ifb.stop_redirecting, links, vif.dev)
             ifb.redirect_input(links, vif.dev, self.devname)
+            protection.diverted.add(vif.dev)
+            stack.callback(protection.diverted.discard, vif.dev)
             self._stack = stack.pop_all()
 
     def uninstall(self) -> None:
