@@ -44,8 +44,8 @@ class checkpointer:
         """Take checkpoints until ``checkpoint_cb`` returns something false, other than None; one if there is no such callback.
 
         :param iofile: an object with a ``fileno``, written to by checkpoint; a ``MigrationSocket`` sends them to ``remusd``.
-        :param suspend_cb: called when the guest has suspended; something false, other than None, ends it all. So
-            does it for ``postcopy_cb``, called before the guest is resumed.
+        :param suspend_cb: called when the guest has suspended; something false, other than None, ends it all.
+        :param postcopy_cb: called before the guest is resumed, whatever it returns.
         :param checkpoint_cb: called when a checkpoint is written, or, by a ``MigrationSocket``, acknowledged.
         :param interval: ms; suspend the guest at this interval by a clock. 0: when ``checkpoint_cb`` returns.
         :param flags: 1: compress, where the receiver understands it.
