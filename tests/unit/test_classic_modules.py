@@ -449,6 +449,25 @@ def test_a_checkpointer_wants_to_be_opened_first() -> None:
         checkpoint.checkpointer().start(open(os.devnull, "wb"))  # noqa: SIM115
 
 
+def test_a_checkpointer_that_just_goes_lets_go_of_its_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(
+        protection, "Domain", lambda domid: SimpleNamespace(close=lambda: closed.append(domid))
+    )
+
+    class Checkpointer(checkpoint.checkpointer):
+        def __init__(self) -> None:
+            """What the old module's object needed was done before this."""
+
+    for domid, kind in ((7, checkpoint.checkpointer), (8, Checkpointer)):
+        checkpointer = kind()
+        checkpointer.open(domid)
+        assert domid not in closed
+        del checkpointer
+        gc.collect()
+        assert closed.count(domid) == 1
+
+
 def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoints' first suspend would find it done, and then resume a guest that may run on the backup."""
     left = DomainInfo(
@@ -584,6 +603,13 @@ def test_a_disk_on_drbd(drbd_tools: Callable[[str, str], Path]) -> None:
     disk.uninstall()
     disk.uninstall()
     assert disk.ctlfd is None
+    other = device.ReplicatedDisk(blkdev.parse({"uname": "drbd:r0", "dev": "xvda:disk", "mode": "w"}))
+    assert other.ctlfd is not None
+    fd = other.ctlfd.fileno()
+    del other
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ class error(Exception):  # the name is the old module's
 
 
 class checkpointer:
-    """``open`` it for a domain, ``start`` checkpoints, ``close`` it."""
+    """``open`` it for a domain, ``start`` checkpoints, ``close`` it; that is done at the latest when the object goes."""
 
-    def __init__(self) -> None:
-        self._domain: protection.Domain | None = None
+    _domain: protection.Domain | None = None
 
     def open(self, domid: int) -> None:
         """:raise error: there is no such domain, or Xen refuses."""
@@ -71,3 +70,7 @@ class checkpointer:
         domain, self._domain = self._domain, None
         if domain is not None:
             domain.close()
+
+    def __del__(self) -> None:
+        # or the domain would count as protected by a process that was killed
+        self.close()

@@ -96,6 +96,9 @@ class ReplicatedDisk(CheckpointedDevice):
         """Whether :meth:`preresume` will wait for the peer."""
         return self._disk is not None and self._disk.waiting
 
+    def __del__(self) -> None:
+        self.uninstall()
+
     def uninstall(self) -> None:
         if self._disk is not None:
             self._disk.teardown()
