@@ -701,7 +701,8 @@ def test_qdiscs_by_kind() -> None:
     assert isinstance(qdisc.Qdisc({"kind": "prio", "handle": 0x10000}), qdisc.PrioQdisc)
     plug = qdisc.PlugQdisc()
     plug.parse(["release"])
-    assert plug.action == qdisc.TC_PLUG_RELEASE_ONE
+    assert plug.action == qdisc.TC_PLUG_RELEASE_ONE == qdisc.TC_PLUG_RELEASE
+    assert plug.action != qdisc.TC_PLUG_BUFFER == qdisc.TC_PLUG_CHECKPOINT
     with pytest.raises(qdisc.QdiscException):
         plug.parse(["nonsense"])
     cfifo = qdisc.Qdisc({"kind": "cfifo", "handle": 0})
