@@ -37,6 +37,8 @@ LIVE_PIECE_BYTES = 1 << 20
 # Vifs whose output the script's own devices hold. It has made these before it opens the domain, and only then is cleaned up what
 # a protection has left that was killed.
 diverted: set[str] = set()
+# Domains whose held output must not be seen: their checkpoints are under way, or they go on elsewhere.
+withheld: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,11 @@ class Link:
         self._stack.close()
 
 
+def withholds(ifname: str) -> bool:
+    """Whether what is held of a vif's output has to be dropped, should it be held no more now."""
+    return any(ifname.startswith(f"vif{domid}.") for domid in withheld)
+
+
 def run(domain: Domain, iofile: Any, calls: Calls, *, interval_s: float, compress: bool) -> None:
     """Take checkpoints until a call ends it, or something fails.
 
@@ -136,9 +143,14 @@ def run(domain: Domain, iofile: Any, calls: Calls, *, interval_s: float, compres
         _run_linked(domain, link, calls, interval_s=interval_s, compress=compress)
         return
     writer = Plain(_descriptor(iofile))
-    PeriodicCheckpoints(
+    checkpoints = PeriodicCheckpoints(
         domain.engine.suspender, writer, calls, timer_s=interval_s, dirty_log=domain.engine.dirty_log
-    ).run()
+    )
+    withheld.add(domain.domid)
+    try:
+        checkpoints.run()
+    finally:
+        withheld.discard(domain.domid)
 
 
 def _descriptor(iofile: Any) -> int:
@@ -193,6 +205,11 @@ class CallingSession(RemusSession):
         self.started = threading.Event()
         super().__init__(*args, **options)
 
+    @property
+    def goes_on_here(self) -> bool:
+        """Whether at the end what is held may be seen."""
+        return not self._drops_held
+
     def _make_worker(self, *args: Any, **options: Any) -> SendingWorker:
         return CallingWorker(self._calls, *args, **options)
 
@@ -237,6 +254,7 @@ def _run_linked(domain: Domain, link: Link, calls: Calls, *, interval_s: float, 
             session.started.set()
 
     thread = threading.Thread(target=protect, name="remus-session", daemon=True)
+    withheld.add(domain.domid)
     thread.start()
     failure: BaseException | None = None
     try:
@@ -251,6 +269,8 @@ def _run_linked(domain: Domain, link: Link, calls: Calls, *, interval_s: float, 
         session.request_stop()
         thread.join()
         loop.close()
+        if session.goes_on_here:
+            withheld.discard(domain.domid)
     (status,) = ended
     if isinstance(status, BaseException):
         raise status

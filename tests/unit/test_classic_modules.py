@@ -28,7 +28,8 @@ from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic import colo, protection
 from remus_colo.classic.colo import CallingDevice
 from remus_colo.classic.protection import Calls, Plain, goes_on
-from remus_colo.errors import DomainError, NetworkError, PeerLost
+from remus_colo.errors import DomainError, ExitStatus, NetworkError, PeerLost
+from remus_colo.remus_options import RemusOptions
 from remus_colo.session import lock, recovery
 
 assert remus_colo.classic.finder.XenFinder
@@ -639,7 +640,9 @@ def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pool.get().devname == one.devname
 
 
-def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def buffer_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done to the plug and the device of a BufferedNIC made now."""
     calls: list[str] = []
 
     class Plug:
@@ -650,7 +653,7 @@ def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.Mo
             return lambda: calls.append(name)
 
         def remove(self, deadline_s: float = 0.0) -> None:
-            calls.append("remove" if deadline_s > time.monotonic() else "drop")
+            calls.append("remove" if deadline_s > time.monotonic() else "remove at once")
 
     class Buffer(device.Netbuf):
         def install(self, vif: object) -> None:
@@ -665,12 +668,77 @@ def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.Mo
     monkeypatch.setattr(device, "Plug", Plug)
     monkeypatch.setattr(device, "Links", contextlib.nullcontext)
     monkeypatch.setattr(device.kmod, "load", lambda *_: None)
+    return calls
+
+
+def test_what_a_buffer_holds_at_its_end_has_time_to_leave(buffer_calls: list[str]) -> None:
     nic = device.BufferedNIC(vif.parse({}, 7, 0))
     nic.postsuspend()
     nic.commit()
     nic.uninstall()
     nic.uninstall()
-    assert calls == ["divert", "install", "buffer", "release_one", "remove", "straight", "put"]
+    assert buffer_calls == ["divert", "install", "buffer", "release_one", "remove", "straight", "put"]
+
+
+def test_what_a_buffer_holds_of_no_complete_checkpoint_is_dropped(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a script that takes it down in a callback, to die as the old command's test commands had it die."""
+    nics = [device.BufferedNIC(vif.parse({}, domid, 0)) for domid in (7, 71)]
+    for nic in nics:
+        nic.postsuspend()
+
+    class Checkpoints:
+        def __init__(self, suspender: object, writer: object, calls: Calls, **_: object) -> None:
+            self.calls = calls
+
+        def run(self) -> None:
+            self.calls.suspended()
+
+    monkeypatch.setattr(protection, "PeriodicCheckpoints", Checkpoints)
+    buffer_calls.clear()
+    domain: Any = SimpleNamespace(domid=7, engine=SimpleNamespace(suspender=None, dirty_log=True))
+    with open(tmp_path / "checkpoints", "wb") as file:
+        calls = Calls(suspend=lambda: [nic.uninstall() for nic in nics] and None)
+        protection.run(domain, file, calls, interval_s=0, compress=True)
+        other = device.BufferedNIC(vif.parse({}, 7, 0))
+        other.postsuspend()
+        other.uninstall()
+    assert [call for call in buffer_calls if call in ("drop", "remove")] == ["drop", "remove", "remove"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "what"),
+    [(ExitStatus.OK, "remove"), (ExitStatus.UNPROTECTED, "remove"), (ExitStatus.FENCED, "drop")],
+)
+def test_what_a_buffer_holds_when_the_guest_goes_on_elsewhere_is_dropped(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch, ended: ExitStatus, what: str
+) -> None:
+    class Session:
+        failure = None
+        worker = SimpleNamespace(run=lambda: None)
+        goes_on_here = ended is not ExitStatus.FENCED
+        request_stop = staticmethod(lambda: None)
+        worker_ended = staticmethod(lambda failure: None)
+
+        def __init__(self, *_: object) -> None:
+            self.started = threading.Event()
+
+        def run(self) -> ExitStatus:
+            return ended
+
+    monkeypatch.setattr(protection, "CallingSession", Session)
+    nic = device.BufferedNIC(vif.parse({}, 7, 0))
+    nic.postsuspend()
+    domain: Any = SimpleNamespace(domid=7, name="web", engine=None, store=None)
+    link: Any = protection.Link.__new__(protection.Link)
+    link.host, link.options = "backup", RemusOptions("web")
+    link.control = SimpleNamespace(addresses=("10.78.0.1", "10.78.0.2"))
+    with contextlib.nullcontext() if ended is ExitStatus.OK else pytest.raises(PeerLost):
+        protection.run(domain, SimpleNamespace(link=link), Calls(), interval_s=0, compress=True)
+    nic.uninstall()
+    assert [call for call in buffer_calls if call in ("drop", "remove")] == [what]
+    protection.withheld.clear()
 
 
 def test_vifs() -> None:

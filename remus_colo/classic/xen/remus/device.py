@@ -8,6 +8,7 @@ resumed, ``commit`` when the backup has the checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -328,8 +329,7 @@ class BufferedNIC(CheckpointedDevice):
                 links = stack.enter_context(Links())
                 plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
                 plug.install()
-                # what is held gets time to leave: removed at once, the plug would drop it
-                stack.callback(_tell, lambda: plug.remove(time.monotonic() + DRAIN_TIMEOUT_S))
+                stack.callback(_tell, functools.partial(_take_out, plug, self.vif.dev))
                 self._undo.push(stack.pop_all())
         except RemusError as error:
             raise BufferedNICException(str(error)) from error
@@ -357,7 +357,7 @@ class BufferedNIC(CheckpointedDevice):
         return True
 
     def uninstall(self) -> None:
-        """Let go of what is held, and hold no more."""
+        """Let go of what is held, and hold no more; within a callback of the checkpoints what is held is dropped."""
         self._plug = None
         self.installed = False
         self._uninstall()
@@ -370,6 +370,15 @@ def _undo_here(undo: contextlib.ExitStack, pid: int) -> None:
     """What a script has forked has it from its parent, where it is still in use."""
     if os.getpid() == pid:
         undo.close()
+
+
+def _take_out(plug: Plug, ifname: str) -> None:
+    """What is held gets time to leave: removed at once, the plug would drop it.  Not while checkpoints are under way, or when the guest
+    goes on elsewhere: what no complete checkpoint has would then have been seen."""
+    if protection.withholds(ifname):
+        plug.drop()
+    else:
+        plug.remove(time.monotonic() + DRAIN_TIMEOUT_S)
 
 
 def _tell(take_down: Callable[[], None]) -> None:
