@@ -21,7 +21,12 @@ from remus_colo import options as defaults
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import refuse_device_model, refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import (
+    domain_kind,
+    refuse_device_model,
+    refuse_for_remus,
+    refuse_stopped,
+)
 from remus_colo.checkpoint.periodic import PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
@@ -78,9 +83,8 @@ class Domain:
         """:raise RemusError: there is none, it is protected already or cannot be, or Xen refuses."""
         self.domid = toolstack.find_domain(str(domid))
         self.name = toolstack.domain_name(self.domid)
-        config = toolstack.domain_config(self.domid)
-        refuse_for_remus(self.name, config)
-        refuse_device_model(self.name, config)
+        self.config = toolstack.domain_config(self.domid)
+        refuse_for_remus(self.name, self.config)
         self._stack = contextlib.ExitStack()
         try:
             self._stack.enter_context(only_one(self.domid, self.name, diverted=diverted))
@@ -88,7 +92,7 @@ class Domain:
             # one that has been left suspended would pass for one that has just done so, and be resumed
             with Guest(self.domid, writable=False) as guest:
                 refuse_stopped(self.name, guest.info())
-            self.engine = RemusEngine(self.domid, self.store)
+            self.engine = RemusEngine(self.domid, self.store, device_model=domain_kind(self.config) == "hvm")
             self._stack.callback(self.engine.close)
         except BaseException:
             self._stack.close()
@@ -142,9 +146,16 @@ def run(domain: Domain, iofile: Any, calls: Calls, *, interval_s: float, compres
     if isinstance(link, Link):
         _run_linked(domain, link, calls, interval_s=interval_s, compress=compress)
         return
-    writer = Plain(_descriptor(iofile))
+    fd = _descriptor(iofile)
+    if domain.engine.device_model is not None and not os.path.samestat(os.fstat(fd), os.stat(os.devnull)):
+        refuse_device_model(domain.name, domain.config)
     checkpoints = PeriodicCheckpoints(
-        domain.engine.suspender, writer, calls, timer_s=interval_s, dirty_log=domain.engine.dirty_log
+        domain.engine.suspender,
+        Plain(fd),
+        calls,
+        timer_s=interval_s,
+        device_model=domain.engine.device_model,
+        dirty_log=domain.engine.dirty_log,
     )
     withheld.add(domain.domid)
     try:

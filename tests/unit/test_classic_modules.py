@@ -498,16 +498,17 @@ def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch
         checkpoint.checkpointer().open(7)
 
 
-def test_cleaning_up_after_a_killed_protection_leaves_this_scripts_buffers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which are there before the domain is opened; without its detour the guest's output would be held no more."""
-    straight: list[str] = []
+@pytest.fixture
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Those of a domain 7 that can be opened; links that are there, and those whose output is diverted and no more."""
+    found = SimpleNamespace(links={"ifb0"}, diverted=[], straight=[], engines=[], config=dict(CONFIG))
 
     class Links:
         names = staticmethod(list)
-        exists = staticmethod("ifb0".__eq__)
         set_up = set_down = remove_mirror = staticmethod(lambda name: None)
+
+        def exists(self, name: str) -> bool:
+            return name in found.links
 
         def __enter__(self) -> Links:
             return self
@@ -519,22 +520,36 @@ def test_cleaning_up_after_a_killed_protection_leaves_this_scripts_buffers(
     def entered(*_: object, **__: object) -> Iterator[Any]:
         yield SimpleNamespace(info=lambda: None)
 
+    def engine(*_: object, device_model: bool) -> SimpleNamespace:
+        found.engines.append(device_model)
+        return SimpleNamespace(
+            close=lambda: None, suspender=None, dirty_log=True, device_model=device_model or None
+        )
+
     monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
     monkeypatch.setattr(toolstack, "domain_name", lambda _: "web")
-    monkeypatch.setattr(toolstack, "domain_config", lambda _: CONFIG)
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: found.config)
     for module in (protection, lock):
         monkeypatch.setattr(module, "Store", entered)
     monkeypatch.setattr(protection, "Guest", entered)
     monkeypatch.setattr(protection, "refuse_stopped", lambda *_: None)
-    monkeypatch.setattr(protection, "RemusEngine", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(protection, "RemusEngine", engine)
     monkeypatch.setattr(lock, "RUN_DIR", tmp_path)
     monkeypatch.setattr(lock.backend, "vifs", lambda *_: [Vif(7, 0), Vif(7, 1)])
     monkeypatch.setattr(recovery, "QueueRules", lambda _: SimpleNamespace(remove_stale=lambda: None))
     for module in (lock, device):
         monkeypatch.setattr(module, "Links", Links)
     monkeypatch.setattr(device, "CopyingTap", lambda _: SimpleNamespace(close=lambda: None))
-    monkeypatch.setattr(ifb, "redirect_input", lambda *_: None)
-    monkeypatch.setattr(ifb, "stop_redirecting", lambda _, name: straight.append(name))
+    monkeypatch.setattr(ifb, "redirect_input", lambda _, name, target: found.diverted.append((name, target)))
+    monkeypatch.setattr(ifb, "stop_redirecting", lambda _, name: found.straight.append(name))
+    return found
+
+
+def test_cleaning_up_after_a_killed_protection_leaves_this_scripts_buffers(
+    tmp_path: Path, surroundings: SimpleNamespace
+) -> None:
+    """Which are there before the domain is opened; without its detour the guest's output would be held no more."""
+    straight = surroundings.straight
     (tmp_path / "protect-7.lock").write_text("1\nabcdef\n")
     buffer = device.IFBBuffer("ifb0")
     buffer.install(vif.parse({}, 7, 0))
@@ -547,6 +562,55 @@ def test_cleaning_up_after_a_killed_protection_leaves_this_scripts_buffers(
     straight.clear()
     protection.Domain(7).close()
     assert "vif7.0" in straight
+
+
+def test_an_hvm_guest_needs_a_place_for_its_device_model(
+    tmp_path: Path, surroundings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    class Checkpoints:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def run(self) -> None:
+            ran.append("nowhere")
+
+    monkeypatch.setattr(protection, "PeriodicCheckpoints", Checkpoints)
+    monkeypatch.setattr(protection, "_run_linked", lambda *_, **__: ran.append("backup"))
+    link = protection.Link.__new__(protection.Link)
+    for kind, has_one in (("pvh", False), ("hvm", True)):
+        surroundings.config["b_info"] = {**CONFIG["b_info"], "type": kind}
+        checkpointer = checkpoint.checkpointer()
+        checkpointer.open(7)
+        assert surroundings.engines.pop() is has_one
+        checkpointer.start(SimpleNamespace(link=link))
+        checkpointer.start(save.NullSocket(("", 0)))
+        with (
+            open(tmp_path / "checkpoints", "wb") as file,
+            pytest.raises(checkpoint.error, match="whose state is not saved here")
+            if has_one
+            else contextlib.nullcontext(),
+        ):
+            checkpointer.start(file)
+        checkpointer.close()
+    assert ran == ["backup", "nowhere", "nowhere", "backup", "nowhere"]
+
+
+def test_what_an_emulated_network_card_says_is_held_with_the_vifs(surroundings: SimpleNamespace) -> None:
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    buffer.uninstall()
+    assert surroundings.diverted == [("vif7.0", "ifb0")]
+    surroundings.diverted.clear()
+    surroundings.straight.clear()
+    surroundings.links.add("vif7.0-emu")
+    buffer.install(vif.parse({}, 7, 0))
+    assert surroundings.diverted == [("vif7.0", "ifb0"), ("vif7.0-emu", "ifb0")]
+    assert protection.diverted == {"vif7.0", "vif7.0-emu"}
+    buffer.uninstall()
+    assert sorted(surroundings.straight) == ["vif7.0", "vif7.0-emu"]
+    assert not protection.diverted
 
 
 # -- devices ---------------------------------------------------------------------------------------
@@ -697,10 +761,16 @@ def test_what_a_buffer_holds_of_no_complete_checkpoint_is_dropped(
 
     monkeypatch.setattr(protection, "PeriodicCheckpoints", Checkpoints)
     buffer_calls.clear()
-    domain: Any = SimpleNamespace(domid=7, engine=SimpleNamespace(suspender=None, dirty_log=True))
+    domain: Any = SimpleNamespace(
+        domid=7, engine=SimpleNamespace(suspender=None, dirty_log=True, device_model=None)
+    )
+
+    def die() -> None:
+        for nic in nics:
+            nic.uninstall()
+
     with open(tmp_path / "checkpoints", "wb") as file:
-        calls = Calls(suspend=lambda: [nic.uninstall() for nic in nics] and None)
-        protection.run(domain, file, calls, interval_s=0, compress=True)
+        protection.run(domain, file, Calls(suspend=die), interval_s=0, compress=True)
         other = device.BufferedNIC(vif.parse({}, 7, 0))
         other.postsuspend()
         other.uninstall()

@@ -50,6 +50,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 POOL_DIR = "/run/remus"
+# Of the tap of the network card that a device model emulates beside a vif (TAP_DEVICE_SUFFIX of libxl).
+EMULATED_SUFFIX = "-emu"
 
 
 class ReplicatedDiskException(Exception):
@@ -162,7 +164,10 @@ class Netbuf:
 
 
 class IFBBuffer(Netbuf):
-    """An ifb device; it is made if there is none of that name, and then goes at the end."""
+    """An ifb device; it is made if there is none of that name, and then goes at the end.
+
+    What the network card says that a device model emulates beside the vif goes through it, too.
+    """
 
     def __init__(self, devname: str) -> None:
         super().__init__(devname)
@@ -187,13 +192,19 @@ class IFBBuffer(Netbuf):
             else:
                 ifb.create(links, self.devname)
                 stack.callback(links.delete_link, self.devname)
-            tap = CopyingTap(vif.dev)
-            stack.callback(tap.close)
-            stack.callback(ifb.stop_redirecting, links, vif.dev)
-            ifb.redirect_input(links, vif.dev, self.devname)
-            protection.diverted.add(vif.dev)
-            stack.callback(protection.diverted.discard, vif.dev)
+            self._divert(stack, links, vif.dev)
+            emulated = vif.dev + EMULATED_SUFFIX
+            if links.exists(emulated):
+                self._divert(stack, links, emulated)
             self._stack = stack.pop_all()
+
+    def _divert(self, stack: contextlib.ExitStack, links: Links, ifname: str) -> None:
+        tap = CopyingTap(ifname)
+        stack.callback(tap.close)
+        stack.callback(ifb.stop_redirecting, links, ifname)
+        ifb.redirect_input(links, ifname, self.devname)
+        protection.diverted.add(ifname)
+        stack.callback(protection.diverted.discard, ifname)
 
     def uninstall(self) -> None:
         stack, self._stack = self._stack, None
