@@ -501,7 +501,9 @@ def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Those of a domain 7 that can be opened; links that are there, and those whose output is diverted and no more."""
-    found = SimpleNamespace(links={"ifb0"}, diverted=[], straight=[], engines=[], config=dict(CONFIG))
+    found = SimpleNamespace(
+        links={"ifb0"}, diverted=[], straight=[], dropped=[], engines=[], config=dict(CONFIG)
+    )
 
     class Links:
         names = staticmethod(list)
@@ -539,6 +541,9 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNames
     monkeypatch.setattr(recovery, "QueueRules", lambda _: SimpleNamespace(remove_stale=lambda: None))
     for module in (lock, device):
         monkeypatch.setattr(module, "Links", Links)
+    monkeypatch.setattr(
+        device, "Plug", lambda _, name, *__: SimpleNamespace(drop=lambda: found.dropped.append(name))
+    )
     monkeypatch.setattr(device, "CopyingTap", lambda _: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(ifb, "redirect_input", lambda _, name, target: found.diverted.append((name, target)))
     monkeypatch.setattr(ifb, "stop_redirecting", lambda _, name: found.straight.append(name))
@@ -595,6 +600,14 @@ def test_an_hvm_guest_needs_a_place_for_its_device_model(
             checkpointer.start(file)
         checkpointer.close()
     assert ran == ["backup", "nowhere", "nowhere", "backup", "nowhere"]
+
+
+def test_what_a_killed_script_has_held_is_dropped(surroundings: SimpleNamespace) -> None:
+    """Whether that guest went on elsewhere, nobody knows; and this one's output is not to wait in a plug that is closed."""
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    assert surroundings.dropped == ["ifb0"]
+    buffer.uninstall()
 
 
 def test_what_an_emulated_network_card_says_is_held_with_the_vifs(surroundings: SimpleNamespace) -> None:

@@ -187,6 +187,8 @@ class IFBBuffer(Netbuf):
         with contextlib.ExitStack() as stack:
             links = stack.enter_context(Links())
             if links.exists(self.devname):
+                # Of a process that was killed: who knows whether its guest went on elsewhere.
+                Plug(links, self.devname, LIMIT_BYTES).drop()
                 links.set_up(self.devname)
                 stack.callback(links.set_down, self.devname)
             else:
