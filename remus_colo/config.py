@@ -151,8 +151,9 @@ class _Reader:
                 group += item[1:]
                 continue
             if name in seen:
+                shown = sxp.to_string(name)  # one that nobody knows may hold anything
                 self.notes.append(
-                    f"{self._where(item)}: {name} is set in line {seen[name]} already, and that one counts"
+                    f"{self._where(item)}: {shown} is set in line {seen[name]} already, and that one counts"
                 )
                 continue
             seen[name] = item.line

@@ -100,7 +100,22 @@ def _level(text: str) -> str:
 
 
 def _patterns(text: str) -> tuple[re.Pattern[str], ...]:
-    return tuple(re.compile(word) for word in text.split())
+    return tuple(map(_pattern, text.split()))
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    """As xend's Python 2 compiled it, to which a backslash before a letter without a meaning was none.
+
+    Files have such: '\\.example' is read as '\\example', and the comments of Xen 3.0's own file recommended it.
+    """
+    while True:
+        try:
+            return re.compile(word)
+        except re.error as error:
+            # anything else was an error to Python 2, too
+            if error.pos is None or not error.msg.startswith("bad escape") or not word[error.pos + 1 :]:
+                raise
+            word = word[: error.pos] + word[error.pos + 1 :]
 
 
 def _command(text: str) -> tuple[str, ...]:

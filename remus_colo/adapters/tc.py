@@ -183,6 +183,11 @@ class Plug:
         """Let go of all that is kept, in order, and pass on from now on."""
         self._change(_Action.RELEASE_INDEFINITE, self._known_index())
 
+    def drop(self) -> None:
+        """Take the plug away, with all that it keeps.  No error if the link or the plug is gone."""
+        if (index := self._plugged()) is not None:
+            self._delete(index)
+
     def remove(self, deadline_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
         """Release, wait until all has left or the deadline, and take the plug away.
 
@@ -191,11 +196,7 @@ class Plug:
 
         :param deadline_s: by ``clock``; in the past by default, which does not wait.
         """
-        if not self._links.exists(self._ifname):
-            return
-        index = self._links.ifindex(self._ifname)
-        root = self._root(index)
-        if root is None or root.get_attr("TCA_KIND") != "plug":
+        if (index := self._plugged()) is None:
             return
         with contextlib.suppress(NetworkError):  # the link may go at any moment, and the plug with it
             self._change(_Action.RELEASE_INDEFINITE, index)
@@ -216,6 +217,14 @@ class Plug:
             sent_packets=basic["packets"],
             dropped_packets=queue["drops"],
         )
+
+    def _plugged(self) -> int | None:
+        """The link's index, if it is there and has a plug."""
+        if not self._links.exists(self._ifname):
+            return None
+        index = self._links.ifindex(self._ifname)
+        root = self._root(index)
+        return index if root is not None and root.get_attr("TCA_KIND") == "plug" else None
 
     def _known_index(self) -> int:
         if not self._index:

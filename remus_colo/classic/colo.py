@@ -25,7 +25,8 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a script wants to be called with, in the session's thread but ``wait``. None and what is true: go on."""
+    """What a script wants to be called with, in the session's thread but ``wait``. None and what is true: go on; ``resume`` may
+    return anything."""
 
     suspend: Callable[[], Any] | None = None
     resume: Callable[[], Any] | None = None
@@ -45,8 +46,7 @@ class CallingDevice(CheckpointedDevice):
             raise DomainError("the suspend callback ended the checkpoints")
 
     def preresume(self) -> None:
-        if not goes_on(self._calls.resume):
-            raise DomainError("the resume callback ended the checkpoints")
+        goes_on(self._calls.resume)  # as for Remus
 
     def commit(self) -> None:
         if not goes_on(self._calls.checkpoint):

@@ -21,7 +21,12 @@ from remus_colo import options as defaults
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import refuse_device_model, refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import (
+    domain_kind,
+    refuse_device_model,
+    refuse_for_remus,
+    refuse_stopped,
+)
 from remus_colo.checkpoint.periodic import PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
@@ -34,11 +39,16 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_primary import RemusConfig, RemusEngine, RemusSession, SendingWorker
 
 LIVE_PIECE_BYTES = 1 << 20
+# Vifs whose output the script's own devices hold. It has made these before it opens the domain, and only then is cleaned up what
+# a protection has left that was killed.
+diverted: set[str] = set()
+# Domains whose held output must not be seen: their checkpoints are under way, or they go on elsewhere.
+withheld: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a script wants to be called with. None and what is true: go on."""
+    """What a script wants to be called with. None and what is true: go on; ``resume`` may return anything."""
 
     suspend: Callable[[], Any] | None = None
     resume: Callable[[], Any] | None = None
@@ -49,8 +59,7 @@ class Calls:
             raise DomainError("the suspend callback ended the checkpoints")
 
     def resuming(self) -> None:
-        if not goes_on(self.resume):
-            raise DomainError("the resume callback ended the checkpoints")
+        goes_on(self.resume)  # whatever it says: libxenguest of Xen 4.4 did not look at it
 
     def committed(self) -> bool:
         return self.checkpoint is not None and goes_on(self.checkpoint)
@@ -74,17 +83,16 @@ class Domain:
         """:raise RemusError: there is none, it is protected already or cannot be, or Xen refuses."""
         self.domid = toolstack.find_domain(str(domid))
         self.name = toolstack.domain_name(self.domid)
-        config = toolstack.domain_config(self.domid)
-        refuse_for_remus(self.name, config)
-        refuse_device_model(self.name, config)
+        self.config = toolstack.domain_config(self.domid)
+        refuse_for_remus(self.name, self.config)
         self._stack = contextlib.ExitStack()
         try:
-            self._stack.enter_context(only_one(self.domid, self.name))
+            self._stack.enter_context(only_one(self.domid, self.name, diverted=diverted))
             self.store = self._stack.enter_context(Store())
             # one that has been left suspended would pass for one that has just done so, and be resumed
             with Guest(self.domid, writable=False) as guest:
                 refuse_stopped(self.name, guest.info())
-            self.engine = RemusEngine(self.domid, self.store)
+            self.engine = RemusEngine(self.domid, self.store, device_model=domain_kind(self.config) == "hvm")
             self._stack.callback(self.engine.close)
         except BaseException:
             self._stack.close()
@@ -124,6 +132,11 @@ class Link:
         self._stack.close()
 
 
+def withholds(ifname: str) -> bool:
+    """Whether what is held of a vif's output has to be dropped, should it be held no more now."""
+    return any(ifname.startswith(f"vif{domid}.") for domid in withheld)
+
+
 def run(domain: Domain, iofile: Any, calls: Calls, *, interval_s: float, compress: bool) -> None:
     """Take checkpoints until a call ends it, or something fails.
 
@@ -133,10 +146,22 @@ def run(domain: Domain, iofile: Any, calls: Calls, *, interval_s: float, compres
     if isinstance(link, Link):
         _run_linked(domain, link, calls, interval_s=interval_s, compress=compress)
         return
-    writer = Plain(_descriptor(iofile))
-    PeriodicCheckpoints(
-        domain.engine.suspender, writer, calls, timer_s=interval_s, dirty_log=domain.engine.dirty_log
-    ).run()
+    fd = _descriptor(iofile)
+    if domain.engine.device_model is not None and not os.path.samestat(os.fstat(fd), os.stat(os.devnull)):
+        refuse_device_model(domain.name, domain.config)
+    checkpoints = PeriodicCheckpoints(
+        domain.engine.suspender,
+        Plain(fd),
+        calls,
+        timer_s=interval_s,
+        device_model=domain.engine.device_model,
+        dirty_log=domain.engine.dirty_log,
+    )
+    withheld.add(domain.domid)
+    try:
+        checkpoints.run()
+    finally:
+        withheld.discard(domain.domid)
 
 
 def _descriptor(iofile: Any) -> int:
@@ -191,6 +216,11 @@ class CallingSession(RemusSession):
         self.started = threading.Event()
         super().__init__(*args, **options)
 
+    @property
+    def goes_on_here(self) -> bool:
+        """Whether at the end what is held may be seen."""
+        return not self._drops_held
+
     def _make_worker(self, *args: Any, **options: Any) -> SendingWorker:
         return CallingWorker(self._calls, *args, **options)
 
@@ -235,6 +265,7 @@ def _run_linked(domain: Domain, link: Link, calls: Calls, *, interval_s: float, 
             session.started.set()
 
     thread = threading.Thread(target=protect, name="remus-session", daemon=True)
+    withheld.add(domain.domid)
     thread.start()
     failure: BaseException | None = None
     try:
@@ -249,6 +280,8 @@ def _run_linked(domain: Domain, link: Link, calls: Calls, *, interval_s: float, 
         session.request_stop()
         thread.join()
         loop.close()
+        if session.goes_on_here:
+            withheld.discard(domain.domid)
     (status,) = ended
     if isinstance(status, BaseException):
         raise status

@@ -7,7 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -50,11 +50,12 @@ class Record:
 
 
 @contextlib.contextmanager
-def only_one(domid: int, name: str) -> Iterator[Record]:
+def only_one(domid: int, name: str, *, diverted: Collection[str] = ()) -> Iterator[Record]:
     """Hold the lock that says this domain is being protected from this host.
 
     The file stays: unlinking it would let two processes lock two files of one name.
 
+    :param diverted: vifs whose output the caller has diverted already; the cleaning up leaves that to them.
     :raise DomainError: it is being protected already.
     """
     RUN_DIR.mkdir(mode=0o755, exist_ok=True)
@@ -69,7 +70,9 @@ def only_one(domid: int, name: str) -> Iterator[Record]:
                 "%s was protected by process %s, which was killed: cleaning up after it", name, record.pid
             )
             with Store() as store, Links() as links:
-                recovery.clean_network(links, domid, backend.vifs(store, domid), record.tags)
+                recovery.clean_network(
+                    links, domid, backend.vifs(store, domid), record.tags, diverted=diverted
+                )
         record.begin()
         try:
             yield record

@@ -197,28 +197,29 @@ class PrimarySession(abc.ABC):
         return ExitStatus.UNPROTECTED if PrimaryState.UNPROTECTED in self.machine.visited else ExitStatus.OK
 
     def _run_loop(self) -> None:
-        """An error that nothing is waiting for ends protection as others do, in concert with the backup; a second one, at once.
+        """An error that nothing is waiting for ends protection as others do, in concert with the backup; a second one, at once.  So does
+        Ctrl-C in the thread of a script that has no handler for it.
 
-        :raise Exception: the first one, if it was a bug's.
+        :raise BaseException: the first one, if it was a bug's or no error.
         """
         try:
             self.loop.run()
             return
-        except Exception as error:
+        except BaseException as error:
             first = error
         expected = isinstance(first, RemusError)
-        if not expected:
+        if not expected and isinstance(first, Exception):
             log.error("%s: protection ends because of a bug", self.config.name, exc_info=first)
             self.event("error", text=f"a bug: {first!r}")
         if not self.machine.final:
             self.loop.call(lambda: self._end_after(first))
             try:
                 self.loop.run()
-            except Exception as error:
+            except BaseException as error:
                 log.error(
                     "%s: and while it was ending: %s",
                     self.config.name,
-                    error,
+                    error if isinstance(error, Exception) else repr(error),
                     exc_info=not isinstance(error, RemusError),
                 )
                 if not self._drops_held:
@@ -226,13 +227,15 @@ class PrimarySession(abc.ABC):
         if not expected:
             raise first
 
-    def _end_after(self, error: Exception) -> None:
+    def _end_after(self, error: BaseException) -> None:
         if not self.guest_alive():
             return  # no wonder, then
         if isinstance(error, RemusError):
             self.fail(error)
-        else:
+        elif isinstance(error, Exception):
             self.handle(E.LOCAL_FAILURE, reason=repr(error))
+        else:
+            self.handle(E.STOP_REQUESTED, reason="the user's")
 
     def request_stop(self) -> None:
         """Ctrl-C or SIGTERM; from any thread or a signal handler."""

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from remus_colo.adapters import backend, devicemodel, ifb, xentime
 from remus_colo.adapters.backend import Vif
@@ -83,11 +83,14 @@ def withdraw_suspend(domid: int, store: Store) -> None:
     store.replace(f"/local/domain/{domid}/control/shutdown", "suspend", "")
 
 
-def clean_network(links: Links, domid: int, vifs: Iterable[Vif], tags: Iterable[str]) -> None:
+def clean_network(
+    links: Links, domid: int, vifs: Iterable[Vif], tags: Iterable[str], *, diverted: Collection[str] = ()
+) -> None:
     """Take away what held and copied the guest's packets.  What waited for the guest goes to it; what it has said, and nobody
     has seen, is dropped: who knows whether it went on elsewhere.  Never raises; a second time does nothing.
 
     :param tags: of the links (``ColoConfig.tag``), of all runs that may have left some.
+    :param diverted: vifs whose output takes the way that it takes by somebody who is there.
     """
     left = tuple(prefix for tag in tags for prefix in (primary_ifname(tag), buffer_ifname(tag)))
     steps: list[tuple[str, Callable[[], object]]] = []
@@ -96,8 +99,11 @@ def clean_network(links: Links, domid: int, vifs: Iterable[Vif], tags: Iterable[
             steps.append((name, functools.partial(links.delete_link, name)))
     for vif in vifs:
         steps += [
-            (vif.ifname, functools.partial(ifb.stop_redirecting, links, vif.ifname)),
-            (vif.ifname, functools.partial(ifb.stop_redirecting, links, vif.emulated_ifname)),
+            (name, functools.partial(ifb.stop_redirecting, links, name))
+            for name in (vif.ifname, vif.emulated_ifname)
+            if name not in diverted
+        ]
+        steps += [
             (vif.ifname, functools.partial(links.remove_mirror, vif.ifname)),
             (vif.ifname, Plug(links, vif.ifname, PLUG_LIMIT_BYTES).remove),
         ]

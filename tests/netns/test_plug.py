@@ -118,6 +118,16 @@ def test_remove_loses_nothing(net: Network, plug: Plug, guest: socket.socket) ->
     assert receive(guest, 300) == sent
 
 
+def test_drop_loses_all(net: Network, plug: Plug, guest: socket.socket) -> None:
+    plug.buffer()
+    send(net, 0, 3)
+    wait_until(lambda: plug.stats().backlog_packets == 3, "3 frames in the plug")
+    plug.drop()
+    plug.drop()
+    sent = send(net, 3, 1)
+    assert receive(guest, 1) == sent
+
+
 def test_teardown_leaves_nothing(net: Network, links: Links, plug_support: None) -> None:
     before = snapshot()
     plug = Plug(links, VIF, LIMIT_BYTES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import socket
@@ -20,12 +21,16 @@ import pytest
 
 import remus_colo.classic.finder
 from remus_colo import config, dominfo
-from remus_colo.adapters import toolstack
+from remus_colo.adapters import ifb, toolstack
+from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import DomainInfo, ShutdownReason
 from remus_colo.checkpoint import libxcrecords as libxc
-from remus_colo.classic import protection
+from remus_colo.classic import colo, protection
+from remus_colo.classic.colo import CallingDevice
 from remus_colo.classic.protection import Calls, Plain, goes_on
-from remus_colo.errors import DomainError, NetworkError, PeerLost
+from remus_colo.errors import DomainError, ExitStatus, NetworkError, PeerLost
+from remus_colo.remus_options import RemusOptions
+from remus_colo.session import lock, recovery
 
 assert remus_colo.classic.finder.XenFinder
 
@@ -271,6 +276,34 @@ def test_a_page_that_has_lost_its_content_does_not_get_it_back() -> None:
     assert out.getvalue() == header + page_data((0, 1)) + without_content + libxc.END_RECORD
 
 
+def test_an_image_whose_writer_just_goes_is_complete() -> None:
+    header = image.makeheader(dominfo.from_libxl(7, CONFIG)) + image.STREAM_MARKER + bytes(32)
+    out = io.BytesIO()
+    writer = image.Writer(out)
+    writer.slurp(io.BytesIO(header + page_data((0, 1)) + record(4, b"state") + CHECKPOINT))
+    del writer
+    gc.collect()
+    expected = header + page_data((0, 1)) + record(4, b"state") + libxc.END_RECORD
+    assert out.getvalue() == expected
+    # one that was closed adds nothing, and still tells of what it is
+    out = io.BytesIO()
+    writer = image.Writer(out)
+    writer.slurp(io.BytesIO(header + page_data((0, 1)) + record(4, b"state") + CHECKPOINT))
+    writer.close()
+    assert writer.vm is not None and writer.vm.dom is not None and writer.vm.dom["name"] == "web"
+    writer.close()
+    del writer
+    gc.collect()
+    assert out.getvalue() == expected
+    # and one whose file is closed has nowhere to put it
+    closed = io.BytesIO()
+    writer = image.Writer(closed)
+    writer.slurp(io.BytesIO(header))
+    closed.close()
+    del writer
+    gc.collect()
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -405,6 +438,9 @@ def test_what_a_callback_says(answer: object, on: bool) -> None:
     if not on:
         with pytest.raises(DomainError):
             Calls(suspend=lambda: answer).suspended()
+    # libxenguest of Xen 4.4 did not look at what this one said
+    Calls(resume=lambda: answer).resuming()
+    CallingDevice(colo.Calls(resume=lambda: answer), lambda: None).preresume()
     assert goes_on(None)
     assert not Calls().committed()  # one checkpoint, without a callback
 
@@ -412,6 +448,25 @@ def test_what_a_callback_says(answer: object, on: bool) -> None:
 def test_a_checkpointer_wants_to_be_opened_first() -> None:
     with pytest.raises(checkpoint.error, match="not opened"):
         checkpoint.checkpointer().start(open(os.devnull, "wb"))  # noqa: SIM115
+
+
+def test_a_checkpointer_that_just_goes_lets_go_of_its_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(
+        protection, "Domain", lambda domid: SimpleNamespace(close=lambda: closed.append(domid))
+    )
+
+    class Checkpointer(checkpoint.checkpointer):
+        def __init__(self) -> None:
+            """What the old module's object needed was done before this."""
+
+    for domid, kind in ((7, checkpoint.checkpointer), (8, Checkpointer)):
+        checkpointer = kind()
+        checkpointer.open(domid)
+        assert domid not in closed
+        del checkpointer
+        gc.collect()
+        assert closed.count(domid) == 1
 
 
 def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,6 +496,134 @@ def test_a_domain_that_does_not_run_is_not_taken(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(protection, name, entered)
     with pytest.raises(checkpoint.error, match="web is suspended"):
         checkpoint.checkpointer().open(7)
+
+
+@pytest.fixture
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Those of a domain 7 that can be opened; links that are there, and those whose output is diverted and no more."""
+    found = SimpleNamespace(
+        links={"ifb0"}, diverted=[], straight=[], dropped=[], engines=[], config=dict(CONFIG)
+    )
+
+    class Links:
+        names = staticmethod(list)
+        set_up = set_down = remove_mirror = staticmethod(lambda name: None)
+
+        def exists(self, name: str) -> bool:
+            return name in found.links
+
+        def __enter__(self) -> Links:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def entered(*_: object, **__: object) -> Iterator[Any]:
+        yield SimpleNamespace(info=lambda: None)
+
+    def engine(*_: object, device_model: bool) -> SimpleNamespace:
+        found.engines.append(device_model)
+        return SimpleNamespace(
+            close=lambda: None, suspender=None, dirty_log=True, device_model=device_model or None
+        )
+
+    monkeypatch.setattr(toolstack, "find_domain", lambda _: 7)
+    monkeypatch.setattr(toolstack, "domain_name", lambda _: "web")
+    monkeypatch.setattr(toolstack, "domain_config", lambda _: found.config)
+    for module in (protection, lock):
+        monkeypatch.setattr(module, "Store", entered)
+    monkeypatch.setattr(protection, "Guest", entered)
+    monkeypatch.setattr(protection, "refuse_stopped", lambda *_: None)
+    monkeypatch.setattr(protection, "RemusEngine", engine)
+    monkeypatch.setattr(lock, "RUN_DIR", tmp_path)
+    monkeypatch.setattr(lock.backend, "vifs", lambda *_: [Vif(7, 0), Vif(7, 1)])
+    monkeypatch.setattr(recovery, "QueueRules", lambda _: SimpleNamespace(remove_stale=lambda: None))
+    for module in (lock, device):
+        monkeypatch.setattr(module, "Links", Links)
+    monkeypatch.setattr(
+        device, "Plug", lambda _, name, *__: SimpleNamespace(drop=lambda: found.dropped.append(name))
+    )
+    monkeypatch.setattr(device, "CopyingTap", lambda _: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(ifb, "redirect_input", lambda _, name, target: found.diverted.append((name, target)))
+    monkeypatch.setattr(ifb, "stop_redirecting", lambda _, name: found.straight.append(name))
+    return found
+
+
+def test_cleaning_up_after_a_killed_protection_leaves_this_scripts_buffers(
+    tmp_path: Path, surroundings: SimpleNamespace
+) -> None:
+    """Which are there before the domain is opened; without its detour the guest's output would be held no more."""
+    straight = surroundings.straight
+    (tmp_path / "protect-7.lock").write_text("1\nabcdef\n")
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    protection.Domain(7).close()
+    assert "vif7.0" not in straight
+    assert "vif7.1" in straight
+    buffer.uninstall()
+    assert "vif7.0" in straight
+    (tmp_path / "protect-7.lock").write_text("1\n")
+    straight.clear()
+    protection.Domain(7).close()
+    assert "vif7.0" in straight
+
+
+def test_an_hvm_guest_needs_a_place_for_its_device_model(
+    tmp_path: Path, surroundings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    class Checkpoints:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def run(self) -> None:
+            ran.append("nowhere")
+
+    monkeypatch.setattr(protection, "PeriodicCheckpoints", Checkpoints)
+    monkeypatch.setattr(protection, "_run_linked", lambda *_, **__: ran.append("backup"))
+    link = protection.Link.__new__(protection.Link)
+    for kind, has_one in (("pvh", False), ("hvm", True)):
+        surroundings.config["b_info"] = {**CONFIG["b_info"], "type": kind}
+        checkpointer = checkpoint.checkpointer()
+        checkpointer.open(7)
+        assert surroundings.engines.pop() is has_one
+        checkpointer.start(SimpleNamespace(link=link))
+        checkpointer.start(save.NullSocket(("", 0)))
+        with (
+            open(tmp_path / "checkpoints", "wb") as file,
+            pytest.raises(checkpoint.error, match="whose state is not saved here")
+            if has_one
+            else contextlib.nullcontext(),
+        ):
+            checkpointer.start(file)
+        checkpointer.close()
+    assert ran == ["backup", "nowhere", "nowhere", "backup", "nowhere"]
+
+
+def test_what_a_killed_script_has_held_is_dropped(surroundings: SimpleNamespace) -> None:
+    """Whether that guest went on elsewhere, nobody knows; and this one's output is not to wait in a plug that is closed."""
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    assert surroundings.dropped == ["ifb0"]
+    buffer.uninstall()
+
+
+def test_what_an_emulated_network_card_says_is_held_with_the_vifs(surroundings: SimpleNamespace) -> None:
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    buffer.uninstall()
+    assert surroundings.diverted == [("vif7.0", "ifb0")]
+    surroundings.diverted.clear()
+    surroundings.straight.clear()
+    surroundings.links.add("vif7.0-emu")
+    buffer.install(vif.parse({}, 7, 0))
+    assert surroundings.diverted == [("vif7.0", "ifb0"), ("vif7.0-emu", "ifb0")]
+    assert protection.diverted == {"vif7.0", "vif7.0-emu"}
+    buffer.uninstall()
+    assert sorted(surroundings.straight) == ["vif7.0", "vif7.0-emu"]
+    assert not protection.diverted
 
 
 # -- devices ---------------------------------------------------------------------------------------
@@ -498,6 +681,13 @@ def test_a_disk_on_drbd(drbd_tools: Callable[[str, str], Path]) -> None:
     disk.uninstall()
     disk.uninstall()
     assert disk.ctlfd is None
+    other = device.ReplicatedDisk(blkdev.parse({"uname": "drbd:r0", "dev": "xvda:disk", "mode": "w"}))
+    assert other.ctlfd is not None
+    fd = other.ctlfd.fileno()
+    del other
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
 
 
 @pytest.mark.parametrize(
@@ -527,7 +717,9 @@ def test_a_pool_gives_each_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pool.get().devname == one.devname
 
 
-def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def buffer_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is done to the plug and the device of a BufferedNIC made now."""
     calls: list[str] = []
 
     class Plug:
@@ -538,7 +730,7 @@ def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.Mo
             return lambda: calls.append(name)
 
         def remove(self, deadline_s: float = 0.0) -> None:
-            calls.append("remove" if deadline_s > time.monotonic() else "drop")
+            calls.append("remove" if deadline_s > time.monotonic() else "remove at once")
 
     class Buffer(device.Netbuf):
         def install(self, vif: object) -> None:
@@ -553,12 +745,83 @@ def test_what_a_buffer_holds_at_its_end_has_time_to_leave(monkeypatch: pytest.Mo
     monkeypatch.setattr(device, "Plug", Plug)
     monkeypatch.setattr(device, "Links", contextlib.nullcontext)
     monkeypatch.setattr(device.kmod, "load", lambda *_: None)
+    return calls
+
+
+def test_what_a_buffer_holds_at_its_end_has_time_to_leave(buffer_calls: list[str]) -> None:
     nic = device.BufferedNIC(vif.parse({}, 7, 0))
     nic.postsuspend()
     nic.commit()
     nic.uninstall()
     nic.uninstall()
-    assert calls == ["divert", "install", "buffer", "release_one", "remove", "straight", "put"]
+    assert buffer_calls == ["divert", "install", "buffer", "release_one", "remove", "straight", "put"]
+
+
+def test_what_a_buffer_holds_of_no_complete_checkpoint_is_dropped(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By a script that takes it down in a callback, to die as the old command's test commands had it die."""
+    nics = [device.BufferedNIC(vif.parse({}, domid, 0)) for domid in (7, 71)]
+    for nic in nics:
+        nic.postsuspend()
+
+    class Checkpoints:
+        def __init__(self, suspender: object, writer: object, calls: Calls, **_: object) -> None:
+            self.calls = calls
+
+        def run(self) -> None:
+            self.calls.suspended()
+
+    monkeypatch.setattr(protection, "PeriodicCheckpoints", Checkpoints)
+    buffer_calls.clear()
+    domain: Any = SimpleNamespace(
+        domid=7, engine=SimpleNamespace(suspender=None, dirty_log=True, device_model=None)
+    )
+
+    def die() -> None:
+        for nic in nics:
+            nic.uninstall()
+
+    with open(tmp_path / "checkpoints", "wb") as file:
+        protection.run(domain, file, Calls(suspend=die), interval_s=0, compress=True)
+        other = device.BufferedNIC(vif.parse({}, 7, 0))
+        other.postsuspend()
+        other.uninstall()
+    assert [call for call in buffer_calls if call in ("drop", "remove")] == ["drop", "remove", "remove"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "what"),
+    [(ExitStatus.OK, "remove"), (ExitStatus.UNPROTECTED, "remove"), (ExitStatus.FENCED, "drop")],
+)
+def test_what_a_buffer_holds_when_the_guest_goes_on_elsewhere_is_dropped(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch, ended: ExitStatus, what: str
+) -> None:
+    class Session:
+        failure = None
+        worker = SimpleNamespace(run=lambda: None)
+        goes_on_here = ended is not ExitStatus.FENCED
+        request_stop = staticmethod(lambda: None)
+        worker_ended = staticmethod(lambda failure: None)
+
+        def __init__(self, *_: object) -> None:
+            self.started = threading.Event()
+
+        def run(self) -> ExitStatus:
+            return ended
+
+    monkeypatch.setattr(protection, "CallingSession", Session)
+    nic = device.BufferedNIC(vif.parse({}, 7, 0))
+    nic.postsuspend()
+    domain: Any = SimpleNamespace(domid=7, name="web", engine=None, store=None)
+    link: Any = protection.Link.__new__(protection.Link)
+    link.host, link.options = "backup", RemusOptions("web")
+    link.control = SimpleNamespace(addresses=("10.78.0.1", "10.78.0.2"))
+    with contextlib.nullcontext() if ended is ExitStatus.OK else pytest.raises(PeerLost):
+        protection.run(domain, SimpleNamespace(link=link), Calls(), interval_s=0, compress=True)
+    nic.uninstall()
+    assert [call for call in buffer_calls if call in ("drop", "remove")] == [what]
+    protection.withheld.clear()
 
 
 def test_vifs() -> None:
@@ -589,7 +852,8 @@ def test_qdiscs_by_kind() -> None:
     assert isinstance(qdisc.Qdisc({"kind": "prio", "handle": 0x10000}), qdisc.PrioQdisc)
     plug = qdisc.PlugQdisc()
     plug.parse(["release"])
-    assert plug.action == qdisc.TC_PLUG_RELEASE_ONE
+    assert plug.action == qdisc.TC_PLUG_RELEASE_ONE == qdisc.TC_PLUG_RELEASE
+    assert plug.action != qdisc.TC_PLUG_BUFFER == qdisc.TC_PLUG_CHECKPOINT
     with pytest.raises(qdisc.QdiscException):
         plug.parse(["nonsense"])
     cfifo = qdisc.Qdisc({"kind": "cfifo", "handle": 0})

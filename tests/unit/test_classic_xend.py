@@ -180,6 +180,22 @@ def test_what_is_no_saved_domain(tmp_path: Path, content: bytes, said: str) -> N
         XendCheckpoint.restore(None, saved.fileno())
 
 
+def test_reading_and_writing_exactly() -> None:
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    read_fd, write_fd = os.pipe()
+    with open(read_fd, "rb"), open(write_fd, "wb", closefd=False):
+        XendCheckpoint.write_exact(write_fd, XendCheckpoint.SIGNATURE, "signature")
+        XendCheckpoint.write_exact(write_fd, b"\0\0\0\3", "length")
+        os.close(write_fd)
+        assert XendCheckpoint.read_exact(read_fd, len(HEADER), "signature read") == HEADER
+        with pytest.raises(XendError, match=r"^config read$"):
+            XendCheckpoint.read_exact(read_fd, 5, "config read")
+    with open(os.devnull, "rb") as unwritable, pytest.raises(XendError, match="could not write"):
+        XendCheckpoint.write_exact(unwritable.fileno(), b"x", "could not write")
+
+
 def test_the_end_of_a_secondary(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
     from xen.xend import XendCheckpoint

@@ -130,6 +130,34 @@ def test_what_is_told(text: str, note: str | None) -> None:
     assert [told.removeprefix(str(SOURCE)).lstrip(": ") for told in notes] == ([] if note is None else [note])
 
 
+def test_a_key_that_is_told_of_stays_on_its_line() -> None:
+    notes = config.read("('a\\nb' 1)\n('a\\nb' 2)", SOURCE).notes
+    assert [note.removeprefix(f"{SOURCE} ") for note in notes] == [
+        "line 1: nobody knows the key 'a\\nb'",
+        "line 2: 'a\\nb' is set in line 1 already, and that one counts",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "allowed"),
+    [
+        # from the comments of Xen 3.0's own file
+        (r"'^localhost$ ^.*\.example\.org$'", "localhost", True),
+        (r"'^localhost$ ^.*\.example\.org$'", "alpha.example.org", False),
+        (r"'^localhost$ ^.*\.example\.org$'", "exampleorg", True),
+        (r"'^localhost$ ^.*\\.example\\.org$'", "alpha.example.org", True),
+        (r"'^[\.h]ost$'", "host", True),
+        (r"^10[.]\d", "10.7", True),
+        (r"^\\host", "\\host", True),
+    ],
+)
+def test_a_backslash_that_means_nothing_in_a_pattern_is_dropped_as_for_xend(
+    text: str, host: str, allowed: bool
+) -> None:
+    (*patterns,) = config.read(f"(xend-relocation-hosts-allow {text})", SOURCE)["xend-relocation-hosts-allow"]
+    assert any(pattern.match(host) for pattern in patterns) is allowed
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

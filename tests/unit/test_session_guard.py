@@ -174,7 +174,9 @@ def cleaned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     monkeypatch.setattr(lock, "Store", Context)
     monkeypatch.setattr(lock, "Links", Context)
     monkeypatch.setattr(lock.backend, "vifs", lambda store, domid: [])
-    monkeypatch.setattr(lock.recovery, "clean_network", lambda links, domid, vifs, tags: found.append(tags))
+    monkeypatch.setattr(
+        lock.recovery, "clean_network", lambda links, domid, vifs, tags, **_: found.append(tags)
+    )
     return found
 
 

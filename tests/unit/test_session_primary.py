@@ -117,6 +117,29 @@ def test_a_second_error_ends_it_at_once_and_the_backup_is_told(first: Exception)
     assert world.backup.received.count(MessageType.BYE) == 1
 
 
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt(), SystemExit(3)], ids=["ctrl-c", "exit"])
+def test_an_interrupt_in_a_scripts_thread_ends_it_in_concert_with_the_backup(
+    interrupt: BaseException, times: int
+) -> None:
+    """Which would otherwise see the connection break, and a primary host that may be dead."""
+    world = World()
+
+    def raise_it() -> None:
+        raise interrupt
+
+    world.on_event["protected"] = lambda: world.loop.call(raise_it)
+    if times > 1:
+        world.backup.at[MessageType.STOP, 1] = lambda message: world.loop.call(raise_it)
+    with pytest.raises(type(interrupt)):
+        world.run()
+    world.assert_clean()
+    assert world.backup.received.count(MessageType.STOP) == 1
+    assert world.backup.received.count(MessageType.BYE) == 1
+    assert world.path.dropped is False
+    assert "error" not in world.names()
+
+
 def test_a_part_of_the_end_that_fails_does_not_keep_the_others() -> None:
     world = World()
     stop_when_protected(world)

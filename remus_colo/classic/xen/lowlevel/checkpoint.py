@@ -19,10 +19,9 @@ class error(Exception):  # the name is the old module's
 
 
 class checkpointer:
-    """``open`` it for a domain, ``start`` checkpoints, ``close`` it."""
+    """``open`` it for a domain, ``start`` checkpoints, ``close`` it; that is done at the latest when the object goes."""
 
-    def __init__(self) -> None:
-        self._domain: protection.Domain | None = None
+    _domain: protection.Domain | None = None
 
     def open(self, domid: int) -> None:
         """:raise error: there is no such domain, or Xen refuses."""
@@ -44,8 +43,8 @@ class checkpointer:
         """Take checkpoints until ``checkpoint_cb`` returns something false, other than None; one if there is no such callback.
 
         :param iofile: an object with a ``fileno``, written to by checkpoint; a ``MigrationSocket`` sends them to ``remusd``.
-        :param suspend_cb: called when the guest has suspended; something false, other than None, ends it all. So
-            does it for ``postcopy_cb``, called before the guest is resumed.
+        :param suspend_cb: called when the guest has suspended; something false, other than None, ends it all.
+        :param postcopy_cb: called before the guest is resumed, whatever it returns.
         :param checkpoint_cb: called when a checkpoint is written, or, by a ``MigrationSocket``, acknowledged.
         :param interval: ms; suspend the guest at this interval by a clock. 0: when ``checkpoint_cb`` returns.
         :param flags: 1: compress, where the receiver understands it.
@@ -71,3 +70,7 @@ class checkpointer:
         domain, self._domain = self._domain, None
         if domain is not None:
             domain.close()
+
+    def __del__(self) -> None:
+        # or the domain would count as protected by a process that was killed
+        self.close()

@@ -8,6 +8,7 @@ resumed, ``commit`` when the backup has the checkpoint.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ from xen.remus.vif import VIF
 from remus_colo.adapters import drbd, ifb, kmod
 from remus_colo.adapters.netlink import Links, Plug
 from remus_colo.adapters.rawlink import CopyingTap
+from remus_colo.classic import protection
 from remus_colo.devices.device import CheckpointedDevice
 from remus_colo.devices.disk import DRBD_PREFIX, DrbdDisk
 from remus_colo.devices.netbuffer import DRAIN_TIMEOUT_S, LIMIT_BYTES
@@ -48,6 +50,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 POOL_DIR = "/run/remus"
+# Of the tap of the network card that a device model emulates beside a vif (TAP_DEVICE_SUFFIX of libxl).
+EMULATED_SUFFIX = "-emu"
 
 
 class ReplicatedDiskException(Exception):
@@ -94,6 +98,9 @@ class ReplicatedDisk(CheckpointedDevice):
     def ackwait(self) -> bool:
         """Whether :meth:`preresume` will wait for the peer."""
         return self._disk is not None and self._disk.waiting
+
+    def __del__(self) -> None:
+        self.uninstall()
 
     def uninstall(self) -> None:
         if self._disk is not None:
@@ -157,7 +164,10 @@ class Netbuf:
 
 
 class IFBBuffer(Netbuf):
-    """An ifb device; it is made if there is none of that name, and then goes at the end."""
+    """An ifb device; it is made if there is none of that name, and then goes at the end.
+
+    What the network card says that a device model emulates beside the vif goes through it, too.
+    """
 
     def __init__(self, devname: str) -> None:
         super().__init__(devname)
@@ -177,16 +187,26 @@ class IFBBuffer(Netbuf):
         with contextlib.ExitStack() as stack:
             links = stack.enter_context(Links())
             if links.exists(self.devname):
+                # Of a process that was killed: who knows whether its guest went on elsewhere.
+                Plug(links, self.devname, LIMIT_BYTES).drop()
                 links.set_up(self.devname)
                 stack.callback(links.set_down, self.devname)
             else:
                 ifb.create(links, self.devname)
                 stack.callback(links.delete_link, self.devname)
-            tap = CopyingTap(vif.dev)
-            stack.callback(tap.close)
-            stack.callback(ifb.stop_redirecting, links, vif.dev)
-            ifb.redirect_input(links, vif.dev, self.devname)
+            self._divert(stack, links, vif.dev)
+            emulated = vif.dev + EMULATED_SUFFIX
+            if links.exists(emulated):
+                self._divert(stack, links, emulated)
             self._stack = stack.pop_all()
+
+    def _divert(self, stack: contextlib.ExitStack, links: Links, ifname: str) -> None:
+        tap = CopyingTap(ifname)
+        stack.callback(tap.close)
+        stack.callback(ifb.stop_redirecting, links, ifname)
+        ifb.redirect_input(links, ifname, self.devname)
+        protection.diverted.add(ifname)
+        stack.callback(protection.diverted.discard, ifname)
 
     def uninstall(self) -> None:
         stack, self._stack = self._stack, None
@@ -322,8 +342,7 @@ class BufferedNIC(CheckpointedDevice):
                 links = stack.enter_context(Links())
                 plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
                 plug.install()
-                # what is held gets time to leave: removed at once, the plug would drop it
-                stack.callback(_tell, lambda: plug.remove(time.monotonic() + DRAIN_TIMEOUT_S))
+                stack.callback(_tell, functools.partial(_take_out, plug, self.vif.dev))
                 self._undo.push(stack.pop_all())
         except RemusError as error:
             raise BufferedNICException(str(error)) from error
@@ -351,7 +370,7 @@ class BufferedNIC(CheckpointedDevice):
         return True
 
     def uninstall(self) -> None:
-        """Let go of what is held, and hold no more."""
+        """Let go of what is held, and hold no more; within a callback of the checkpoints what is held is dropped."""
         self._plug = None
         self.installed = False
         self._uninstall()
@@ -364,6 +383,15 @@ def _undo_here(undo: contextlib.ExitStack, pid: int) -> None:
     """What a script has forked has it from its parent, where it is still in use."""
     if os.getpid() == pid:
         undo.close()
+
+
+def _take_out(plug: Plug, ifname: str) -> None:
+    """What is held gets time to leave: removed at once, the plug would drop it.  Not while checkpoints are under way, or when the guest
+    goes on elsewhere: what no complete checkpoint has would then have been seen."""
+    if protection.withholds(ifname):
+        plug.drop()
+    else:
+        plug.remove(time.monotonic() + DRAIN_TIMEOUT_S)
 
 
 def _tell(take_down: Callable[[], None]) -> None:

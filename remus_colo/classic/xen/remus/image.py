@@ -6,6 +6,7 @@ The header is xend's.  The stream is that of today's Xen (docs/specs/libxc-migra
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 from typing import IO, Any
@@ -163,6 +164,7 @@ class Writer:
         self.fd: IO[bytes] = of_octets(fd)
         self.compact = compact
         self.vm: VMImage | None = None
+        self._ended = True  # nothing to be written at the end
         # Of the last whole checkpoint, and what has come since.
         self._pages: dict[int, tuple[int, bytes]] = {}
         self._state: list[bytes] = []
@@ -177,8 +179,9 @@ class Writer:
         """
         source: IO[bytes] = open(ifd, "rb") if isinstance(ifd, str) else of_octets(ifd)  # noqa: SIM115
         try:
-            if self.vm is None:
+            if self._ended:
                 self.vm = VMImage(source)
+                self._ended = False
                 assert self.vm.header is not None
                 signature = COLO_SIGNATURE if self.vm.colo else SIGNATURE
                 self.fd.write(
@@ -223,7 +226,7 @@ class Writer:
 
     def flush(self) -> None:
         """Write the domain as of the last whole checkpoint, and the end; what came after it is left out."""
-        if self.vm is None:
+        if self._ended:
             return
         for _, (entry, page) in sorted(self._pages.items()):
             body = libxc.PAGE_DATA_PREFIX.pack(1, 0) + struct.pack("<Q", entry) + page
@@ -232,7 +235,12 @@ class Writer:
             self.fd.write(batch)
         self.fd.write(libxc.END_RECORD)
         self.fd.flush()
-        self.vm = None
+        self._ended = True
 
     def close(self) -> None:
         self.flush()
+
+    def __del__(self) -> None:
+        # scripts leave it to this; a file that they have closed before takes no more
+        with contextlib.suppress(OSError, ValueError):
+            self.close()

@@ -20,6 +20,7 @@ from remus_colo.checkpoint import birth, incoming
 from remus_colo.checkpoint.guestinfo import refuse_device_model, refuse_stopped
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.errors import RemusError
+from remus_colo.sxp_text import octets
 
 __all__ = ["COLO_SIGNATURE", "SIGNATURE", "read_exact", "restore", "save", "write_exact"]
 
@@ -27,9 +28,12 @@ SIGNATURE = image.SIGNATURE
 COLO_SIGNATURE = image.COLO_SIGNATURE
 
 
-def write_exact(fd: int, buf: bytes, errmsg: str) -> None:
-    """:raise XendError: with ``errmsg``, if not all of it could be written."""
-    view = memoryview(buf)
+def write_exact(fd: int, buf: bytes | str, errmsg: str) -> None:
+    """Text, too, such as ``SIGNATURE``: to a script of Python 2's time there was no difference.
+
+    :raise XendError: with ``errmsg``, if not all of it could be written.
+    """
+    view = memoryview(octets(buf) if isinstance(buf, str) else buf)
     try:
         while view:
             view = view[os.write(fd, view) :]
