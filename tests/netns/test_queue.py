@@ -98,8 +98,6 @@ def test_what_a_guest_says_is_compared_before_it_is_rewritten(
 ) -> None:
     """One that lives by the rewriter since a failover, and is protected anew: its next SVM speaks as it does itself."""
     rules.rewriter(VIF, FROM, TO)
-    if rules.backend != "nft":
-        pytest.skip("by way of iptables a packet goes into one queue only")
     anew = QueueRules("pvm_anew")
     with contextlib.ExitStack() as stack:
         rewritten, compared = Held(FROM), Held(TO + 1)
