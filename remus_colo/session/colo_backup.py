@@ -182,6 +182,11 @@ class ColoBackupSession(BackupSession):
         self._assembler = None
         self._received = None
 
+    def _send_ack(self) -> None:
+        assert self.path is not None
+        self.path.each(lambda vif: vif.mute())
+        super()._send_ack()
+
     def _apply_checkpoint(self) -> None:
         received, self._received = self._received, None
         engine = self.engine

@@ -120,6 +120,9 @@ class SvmVifPath:
     def await_forwarding(self) -> None:
         self._step("await_forwarding")
 
+    def mute(self) -> None:
+        self._step("mute")
+
     def reset(self) -> None:
         self._step("reset")
 
