@@ -70,6 +70,8 @@ enum colo_reason {
     COLO_TCP_PAYLOAD,   /* bytes, FIN or urgent data differ */
     COLO_TCP_RESET,     /* one side refused or reset what the other goes on with */
     COLO_ICMP_PAYLOAD,  /* answers to one echo request differ */
+    COLO_TCP_PORTS,     /* the guest opens a connection, from another port in each VM */
+    COLO_UDP_PAYLOAD,   /* a datagram of each side that the other has not sent */
     COLO_TCP_TIMEOUT,   /* one side did not say in time what the other said */
     COLO_UDP_TIMEOUT,
     COLO_ICMP_TIMEOUT,

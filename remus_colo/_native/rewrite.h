@@ -43,6 +43,14 @@ struct rewrite_counters {
     uint64_t resets; /* checkpoints */
 };
 
+/* A connection that goes on with a mapping: how it is handed to the next backup host. */
+struct rewrite_connection {
+    uint8_t guest[16], client[16]; /* addresses; IPv4's in the first 4 */
+    uint16_t guest_port, client_port;
+    uint8_t version; /* of IP */
+    uint32_t offset; /* added to what the guest sends */
+};
+
 /* NULL if there is no memory. */
 struct rewriter *rewriter_new(const struct rewrite_limits *limits);
 void rewriter_free(struct rewriter *r);
@@ -58,6 +66,12 @@ void rewriter_take_held(struct rewriter *r, uint8_t *packet);
 void rewriter_reset(struct rewriter *r);
 void rewriter_stop_learning(struct rewriter *r);
 void rewriter_expire(struct rewriter *r, double now_s);
+
+/* The connections with a mapping that have not ended, at most @room of them; their number. */
+size_t rewriter_connections(const struct rewriter *r, struct rewrite_connection *out, size_t room);
+/* One that the PVM's own host maps: after rewriter_stop_learning() this one does, unless the SVM begins another with its
+ * addresses and ports. */
+void rewriter_inherit(struct rewriter *r, double now_s, const struct rewrite_connection *connection);
 
 const struct rewrite_counters *rewriter_counters(const struct rewriter *r);
 uint64_t rewriter_flows(const struct rewriter *r);

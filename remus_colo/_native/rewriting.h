@@ -33,6 +33,7 @@ struct rw_turns {
     struct rq_queue *queue;
     struct rewriter *rewriter;
     int32_t from_guest; /* the queue holds what the guest sends; otherwise what goes to it */
+    int32_t muted;      /* all packets are dropped */
     int32_t error;
     uint32_t nr_looks;
     struct rw_look looks[32];     /* as many as one reading brings packets */

@@ -28,11 +28,17 @@ _FAMILIES = {
 }
 # Without it, what a guest sends with a VLAN tag would pass unseen.
 _VLAN_SWITCH = Path("/proc/sys/net/bridge/bridge-nf-filter-vlan-tagged")
-_MANGLE_TABLES = ("ip mangle", "ip6 mangle")
+# Once a queue has let a packet go, the other rules of its table do not see it any more.
+_TABLES = {"raw": ("PREROUTING",), "mangle": ("PREROUTING", "POSTROUTING")}
+_NFT_TABLES = tuple(f"{family} {table}" for family in ("ip", "ip6") for table in _TABLES)
 
 
 class PhysdevRules:
-    """Rules that carry ``mark`` as their comment, in the mangle table's PREROUTING and POSTROUTING."""
+    """Rules that carry ``mark`` as their comment, in the mangle table's PREROUTING and POSTROUTING.
+
+    What another owner's rule queues there already is queued in the raw table as well, which comes before: of a guest that is
+    protected anew, and still lives by the rewriter.
+    """
 
     def __init__(self, mark: str) -> None:
         self._mark = mark
@@ -48,40 +54,47 @@ class PhysdevRules:
         else:
             where, match = "POSTROUTING", ["--physdev-out", vif, "--physdev-is-bridged"]
         for tool in _FAMILIES:
+            taken = any(
+                chain == where and vif in rule for chain, *rule in self._rules(tool, "mangle", any_owner=True)
+            )
+            table = "raw" if from_guest and taken else "mangle"
             _run(
-                tool, "-t", "mangle", "-A", where, "-m", "physdev", *match, "-m", "comment", "--comment", self._mark,
+                tool, "-t", table, "-A", where, "-m", "physdev", *match, "-m", "comment", "--comment", self._mark,
                 "-j", "NFQUEUE", "--queue-num", str(queue), "--queue-bypass",
             )  # fmt: skip
         self._made_tables += [table for table in _nft_tables() if table not in before]
 
     def exist(self) -> bool:
-        return any(self._rules(tool) for tool in _FAMILIES if _find(tool))
+        return any(self._rules(tool, table) for tool in _FAMILIES if _find(tool) for table in _TABLES)
 
     def let_pass(self) -> None:
         """Remove all rules with this mark."""
         for tool in _FAMILIES:
             if _find(tool):
-                for rule in self._rules(tool):
-                    _run(tool, "-t", "mangle", "-D", *rule)
+                for table in _TABLES:
+                    for rule in self._rules(tool, table):
+                        _run(tool, "-t", table, "-D", *rule)
 
     def remove(self) -> None:
         """The same, and undo what :meth:`add` of this object changed besides."""
         self.let_pass()
         while self._made_tables:
             self._remove_if_empty(self._made_tables.pop())
-        if any(self._rules(tool, any_owner=True) for tool in _FAMILIES if _find(tool)):
+        if any(
+            self._rules(tool, table, any_owner=True) for tool in _FAMILIES if _find(tool) for table in _TABLES
+        ):
             self._switched_on.clear()  # others hold packets by it now: without it their guests' output would pass
         while self._switched_on:
             self._switched_on.pop().write_text("0")
 
-    def _rules(self, tool: str, *, any_owner: bool = False) -> list[list[str]]:
+    def _rules(self, tool: str, table: str, *, any_owner: bool = False) -> list[list[str]]:
         """Chain and specification of each of our rules, or all owners'.  Without br_netfilter there can be none."""
         rules: list[list[str]] = []
         if not _FAMILIES[tool].exists():
             return rules
-        for chain in ("PREROUTING", "POSTROUTING"):
-            with contextlib.suppress(HostError):  # no mangle table, hence no rules
-                for line in _run(tool, "-t", "mangle", "-S", chain).splitlines():
+        for chain in _TABLES[table]:
+            with contextlib.suppress(HostError):  # no such table, hence no rules
+                for line in _run(tool, "-t", table, "-S", chain).splitlines():
                     words = shlex.split(line)
                     mine = (
                         any(word.startswith(MARK_PREFIX) for word in words)
@@ -112,10 +125,10 @@ class PhysdevRules:
 
 
 def _nft_tables() -> list[str]:
-    """The mangle tables that nftables knows, as ``ip mangle``; none with the legacy iptables."""
+    """Those of iptables' tables that nftables knows, as ``ip mangle``; none with the legacy iptables."""
     with contextlib.suppress(HostError):
         lines = _run("nft", "list", "tables").splitlines()
-        return [table for table in _MANGLE_TABLES if f"table {table}" in lines]
+        return [table for table in _NFT_TABLES if f"table {table}" in lines]
     return []
 
 

@@ -42,6 +42,10 @@ class RewritingTurns:
         self._turns.rewriter = rewriter
         self._turns.from_guest = from_guest
 
+    def mute(self, muted: bool) -> None:
+        """Drop what comes, until further notice."""
+        self._turns.muted = muted
+
     def turn(self) -> None:
         """Deal with what waits, without blocking; a thousand packets or so at most.
 

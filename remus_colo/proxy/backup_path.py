@@ -65,6 +65,8 @@ class SvmVifPath:
         self._outage: Outage | None = None
         self._from_guest: PacketQueue | None = None
         self._to_guest: PacketQueue | None = None
+        self._muted = False
+        self._turns_from_guest: RewritingTurns | None = None
 
     def start(self, tunnel: Tunnel, mtu: int) -> None:
         """Make bridge and tunnel; the vif comes later."""
@@ -96,9 +98,12 @@ class SvmVifPath:
         for queue, look in ((self._from_guest, self._look_at_guest), (self._to_guest, self._look_at_client)):
             read: Callable[[], object] = queue.process
             if isinstance(queue, NativeQueue):
-                read = RewritingTurns(
+                turns = RewritingTurns(
                     queue, self.rewriter.native, look, self._give_held, from_guest=queue is self._from_guest
-                ).turn
+                )
+                if queue is self._from_guest:
+                    self._turns_from_guest = turns
+                read = turns.turn
             self._loop.add_reader(queue, read)
         rules.rewriter(vif.ifname, out, back)
 
@@ -125,6 +130,9 @@ class SvmVifPath:
     def _packet_from_guest(self, packet_id: int, packet: bytes, ethertype: int) -> None:
         queue = self._from_guest
         assert queue is not None
+        if self._muted:
+            queue.drop(packet_id)
+            return
         self._look_at_guest(packet, ethertype)
         if ethertype in (ETHERTYPE_IP, ETHERTYPE_IPV6):
             changed = self.rewriter.from_guest(time.monotonic(), packet)
@@ -237,8 +245,23 @@ class SvmVifPath:
 
         return outage.make_good(to_guest, to_lan)
 
+    def mute(self) -> None:
+        """The primary is about to be told that the checkpoint is complete: it listens to what the SVM says as the copy of it.
+
+        So what is on its way still, of the SVM as it was, must not come to it after that.
+        """
+        self._set_muted(True)
+
+    def _set_muted(self, muted: bool) -> None:
+        self._muted = muted
+        if self._turns_from_guest is not None:
+            self._turns_from_guest.mute(muted)
+
     def reset(self) -> None:
         """The SVM is a copy of the PVM as it is now."""
+        if self._from_guest is not None and self._muted:
+            self._from_guest.process()
+        self._set_muted(False)
         self.rewriter.reset()
         if self._outage is not None:
             self._outage.forget_output()

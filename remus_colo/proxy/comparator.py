@@ -33,6 +33,8 @@ class Reason(enum.StrEnum):
     TCP_PAYLOAD = "tcp-payload"
     TCP_RESET = "tcp-reset"
     ICMP_PAYLOAD = "icmp-payload"
+    TCP_PORTS = "tcp-ports"
+    UDP_PAYLOAD = "udp-payload"
     TCP_TIMEOUT = "tcp-timeout"
     UDP_TIMEOUT = "udp-timeout"
     ICMP_TIMEOUT = "icmp-timeout"
@@ -51,6 +53,8 @@ REASONS = (
     Reason.TCP_PAYLOAD,
     Reason.TCP_RESET,
     Reason.ICMP_PAYLOAD,
+    Reason.TCP_PORTS,
+    Reason.UDP_PAYLOAD,
     Reason.TCP_TIMEOUT,
     Reason.UDP_TIMEOUT,
     Reason.ICMP_TIMEOUT,

@@ -65,6 +65,7 @@ class Output:
         self._timer: Timer | None = None
         self._protecting = False
         self._uncommitted = False  # a cut that is neither committed nor taken back
+        self._listening = True  # to the SVM
         self._lost = 0  # packets, as far as a checkpoint was asked for
         self._missing = 0
 
@@ -100,7 +101,9 @@ class Output:
         if pump is None:
             return
         try:
-            if not pump.turn():
+            if not self._listening:
+                pump.drain_primary()
+            elif not pump.turn():
                 return
         except LinkGone as error:
             self._link_gone(error)
@@ -175,18 +178,33 @@ class Output:
         return self._comparator.cut(now_s)
 
     def commit(self) -> None:
-        """The backup has the checkpoint: the closing epoch's packets leave."""
+        """The backup has the checkpoint: the closing epoch's packets leave.
+
+        What the SVM said is of another history.  What it says from now on it says as the copy, and may do so before
+        :meth:`secondary_resumed` is called, since packets are faster than messages: it waits in the socket.
+        """
         self._uncommitted = False
+        self._drain_secondary()
+        if self._link is not None and self._listening:
+            self._loop.remove_reader(self._link)
+        self._listening = False
         self._decided(self._comparator.commit(time.monotonic()))
 
     def secondary_resumed(self) -> None:
         """The SVM, a copy of the PVM as of the cut, runs."""
+        if self._listening:  # resumed before the commit
+            self._drain_secondary()
+        self._decided(self._comparator.secondary_resumed(time.monotonic()))
+        if self._link is not None and not self._listening:
+            self._loop.add_reader(self._link, self.read)
+        self._listening = True
+
+    def _drain_secondary(self) -> None:
         if self._pump is not None:
             try:
-                self._pump.drain_secondary()  # what is there was sent before
+                self._pump.drain_secondary()
             except LinkGone as error:
                 self._link_gone(error)
-        self._decided(self._comparator.secondary_resumed(time.monotonic()))
 
     def abort(self) -> None:
         """The checkpoint did not take place, whether it came to a cut or not."""

@@ -238,6 +238,7 @@ def explain(result: Result, primary: Capture, secondary: Capture, out: TextIO) -
                 f"  the PVM's oldest packet that waited: {checkpoint.waiting} (in its file, from 0)", file=out
             )
         if request.reason in (
+            Reason.UDP_PAYLOAD,
             Reason.UDP_TIMEOUT,
             Reason.ICMP_TIMEOUT,
             Reason.ICMP_PAYLOAD,

@@ -22,10 +22,14 @@ This is the face of ``_native/rewrite.h``, which does it in C.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 from remus_colo._native import compare_module
 from remus_colo.errors import HostError
+from remus_colo.proxy.announce import Address
 
 # A closed connection's last acknowledgements and FIN retransmissions still need the mapping.
 LINGER_S = 60.0
@@ -38,6 +42,41 @@ HANDSHAKE_S = 180.0
 SYN_ANSWER_S = 3.0
 HELD_PER_FLOW = 8
 HELD_LIMIT = 4096
+
+# Handed to the next backup host at most: far more than live through a failover, and no load for a message.
+CONNECTIONS_LIMIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One that goes on with a mapping.
+
+    :ivar offset: is added to the sequence numbers that the guest sends.
+    """
+
+    guest: Address
+    guest_port: int
+    client: Address
+    client_port: int
+    offset: int
+
+    def listed(self) -> list[str | int]:
+        """As a message has it."""
+        return [str(self.guest), self.guest_port, str(self.client), self.client_port, self.offset]
+
+    @classmethod
+    def parse(cls, listed: object) -> Connection:
+        """:raise TypeError, ValueError: it is none."""
+        if not isinstance(listed, list) or len(listed) != 5:
+            raise TypeError(f"{listed!r:.80} is no connection")
+        guest, client = (ip_address(str(text)) for text in (listed[0], listed[2]))
+        numbers = listed[1], listed[3], listed[4]
+        for number, bits in zip(numbers, (16, 16, 32), strict=True):
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 1 << bits:
+                raise ValueError(f"{number!r:.80} has no place in a connection")
+        if guest.version != client.version:
+            raise ValueError(f"{guest} and {client} cannot be connected")
+        return cls(guest, numbers[0], client, numbers[1], numbers[2])
 
 
 class Rewriter:
@@ -126,6 +165,38 @@ class Rewriter:
         address could finish a handshake with the SVM without having seen its SYN-ACK.
         """
         self._lib.rewriter_stop_learning(self.native)
+
+    def connections(self) -> list[Connection]:
+        """Those with a mapping that have not ended, as far as they can be handed on."""
+        room = min(self.rewritten_flows, CONNECTIONS_LIMIT)
+        found = self._ffi.new("struct rewrite_connection[]", max(1, room))
+        count = self._lib.rewriter_connections(self.native, found, room)
+        size = {4: 4, 6: 16}
+        return [
+            Connection(
+                ip_address(bytes(item.guest[0 : size[item.version]])),
+                item.guest_port,
+                ip_address(bytes(item.client[0 : size[item.version]])),
+                item.client_port,
+                item.offset,
+            )
+            for item in found[0:count]
+        ]
+
+    def inherit(self, now_s: float, connections: Iterable[Connection]) -> None:
+        """What the PVM's own host maps, since the guest has lived through a failover before.
+
+        Here it is mapped from :meth:`stop_learning` on, unless the SVM begins another connection in its place.
+        """
+        one = self._ffi.new("struct rewrite_connection *")
+        for connection in connections:
+            one.version = connection.guest.version
+            one.guest, one.client = (
+                address.packed.ljust(16, b"\0") for address in (connection.guest, connection.client)
+            )
+            one.guest_port, one.client_port = connection.guest_port, connection.client_port
+            one.offset = connection.offset
+            self._lib.rewriter_inherit(self.native, now_s, one)
 
     def expire(self, now_s: float) -> None:
         """Forget flows whose time is over.  To be called every few seconds."""

@@ -119,7 +119,7 @@ class BackupSession(abc.ABC):
             A.SEND_DIRTY: self._send_dirty,
             A.START_BUFFER: lambda: None,
             A.DISCARD_BUFFER: self._discard_buffer,
-            A.SEND_ACK: lambda: self.peer.send(MessageType.ACK, self._epoch),
+            A.SEND_ACK: self._send_ack,
             A.APPLY_CHECKPOINT: self._apply_checkpoint,
             A.RESUME_SVM: self._resume_svm,
             A.SEND_RESUMED: self._send_resumed,
@@ -269,6 +269,9 @@ class BackupSession(abc.ABC):
             # It had to wait for the verdict, and now until the LAN has heard of the guest.
             self.loop.call_later(ANNOUNCE_REPEATS * ANNOUNCE_INTERVAL_S, lambda: self.handle(E.SHUTDOWN))
         each([self._actions[action] for action in step.actions])
+
+    def _send_ack(self) -> None:
+        self.peer.send(MessageType.ACK, self._epoch)
 
     def _svm_failed(self, error: BaseException) -> None:
         if not isinstance(error, RemusError):

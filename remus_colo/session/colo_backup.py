@@ -27,6 +27,7 @@ from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.relocation.clock import secondary_offset
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session import inherited
 from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.creation import Creation
 from remus_colo.session.parts import EventSink
@@ -73,6 +74,9 @@ class ColoBackupSession(BackupSession):
             self.lan = SvmLan(creation, self.path, self.store, self.config.lan_bridge)
             self.lan.check()  # now, not when the primary is dead
             self.path.start(creation.tunnels, creation.mtus)
+            for handle, connections in creation.connections.items():
+                if handle in self.path.vifs:
+                    self.path.vifs[handle].rewriter.inherit(time.monotonic(), connections)
         except RemusError as error:
             self.loop.call(functools.partial(self._svm_failed, error))  # not from within the transition
             return
@@ -178,6 +182,11 @@ class ColoBackupSession(BackupSession):
         self._assembler = None
         self._received = None
 
+    def _send_ack(self) -> None:
+        assert self.path is not None
+        self.path.each(lambda vif: vif.mute())
+        super()._send_ack()
+
     def _apply_checkpoint(self) -> None:
         received, self._received = self._received, None
         engine = self.engine
@@ -279,10 +288,19 @@ class ColoBackupSession(BackupSession):
 
     def _open_lan(self) -> None:
         assert self.engine is not None
-        each([functools.partial(self._open_vif, vif) for vif in self.engine.layout.vifs])
+        opened = [functools.partial(self._open_vif, vif) for vif in self.engine.layout.vifs]
+        each([*opened, self._publish_connections])
         self.event("active", domid=self.domid)
         log.warning("%s: the primary is gone, domain %s is the guest now", self.creation.name, self.domid)
         self._svm_thread("become-guest", self._become_guest, self._on_became_guest)
+
+    def _publish_connections(self) -> None:
+        """Who protects the guest from here has to tell the next backup of them."""
+        assert self.domid is not None and self.path is not None
+        inherited.publish(
+            self.domid, {handle: vif.rewriter.connections() for handle, vif in self.path.vifs.items()}
+        )
+        self.loop.call_later(inherited.PUBLISH_S, self._publish_connections)
 
     def _open_vif(self, vif: Vif) -> None:
         assert self.lan is not None
@@ -334,6 +352,8 @@ class ColoBackupSession(BackupSession):
         # What is being done to the domain is done to the end, above all its becoming the guest.
         at_rest = functools.partial(self._svm_at_rest.wait, toolstack.XL_TIMEOUT_S)
         steps: list[Callable[[], object]] = [at_rest, self.peer.close]
+        if self.domid is not None:
+            steps.append(functools.partial(inherited.remove, self.domid))
         if self.path is not None:
             steps.append(self.path.close)
         if self.engine is not None:

@@ -26,6 +26,7 @@ from remus_colo.proxy.comparator import CheckpointRequest, CompareConfig
 from remus_colo.proxy.primary_path import PrimaryPath, Tunnel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session import inherited
 from remus_colo.session.colo_checkpoints import Checkpoints
 from remus_colo.session.loop import Loop
 from remus_colo.session.parts import EventSink
@@ -136,6 +137,8 @@ class ColoSession(PrimarySession):
         }
         if self.config.clock_offset_ns is not None:
             fields["clock_offset_ns"] = self.config.clock_offset_ns
+        if connections := inherited.read(self.engine.guest.domid):
+            fields["connections"] = connections
         self.peer.send(MessageType.CREATE, 0, **fields)
         self.event("creating", mode=self.config.mode.value)
         secondary = birth.secondary_config(

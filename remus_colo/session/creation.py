@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from remus_colo.checkpoint.guestinfo import Mode
@@ -13,6 +13,7 @@ from remus_colo.errors import ConfigError, MessageError
 from remus_colo.options import check_word
 from remus_colo.proxy.announce import Address
 from remus_colo.proxy.primary_path import Tunnel
+from remus_colo.proxy.rewriter import Connection
 from remus_colo.relocation.wire import Message
 from remus_colo.session.peer import HeartbeatConfig
 
@@ -64,6 +65,13 @@ def _host_addresses(listed: object) -> tuple[Address, ...]:
     return tuple(ipaddress.ip_address(str(text)) for text in listed)
 
 
+def _connections(listed: object) -> dict[int, tuple[Connection, ...]]:
+    """:raise ValueError, TypeError: it is nothing of the kind."""
+    if not isinstance(listed, dict):
+        raise TypeError(f"the guest's connections are {listed!r:.80}")
+    return {int(handle): tuple(map(Connection.parse, connections)) for handle, connections in listed.items()}
+
+
 def _offset_ns(value: object) -> int | None:
     """:raise TypeError, ValueError: it is nothing that can be added to a clock of signed 64-bit nanoseconds."""
     if value is None:
@@ -89,6 +97,8 @@ class Creation:
     heartbeat: HeartbeatConfig
     clock_offset_ns: int | None = None  # the SVM gets the PVM's clock, by this at first
     host_addresses: tuple[Address, ...] = ()  # the primary's own
+    # that the primary maps, by vif handle, since the guest has lived through a failover
+    connections: dict[int, tuple[Connection, ...]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, message: Message) -> Creation:
@@ -117,6 +127,7 @@ class Creation:
                 heartbeat=HeartbeatConfig.parse(fields["heartbeat"]),
                 clock_offset_ns=_offset_ns(fields.get("clock_offset_ns")),
                 host_addresses=_host_addresses(fields.get("host_addresses", [])),
+                connections=_connections(fields.get("connections", {})),
             )
         except _MALFORMED as error:
             raise MessageError(f"CREATE lacks a part or has a malformed one: {error!r}") from error

@@ -252,6 +252,27 @@ def test_what_an_svm_said_before_it_became_another_is_not_said(
     assert take_over(path, links) == {"to_guest": 0, "to_lan": 0}
 
 
+def test_what_an_svm_said_before_it_became_another_does_not_come_late(
+    net: Network, path: Path, server: socket.socket
+) -> None:
+    _, connection, _ = connected(net, path, server)
+    lan = net.sniffer("client", "c0")
+    last_words(net, connection, b"before")
+    path.vif.mute()
+    path.vif.reset()
+    path.pump()
+    net.socket("guest").sendto(b"after", (CLIENT_IP, 1))
+    heard: list[bytes] = []
+
+    def hear() -> bool:
+        path.pump()
+        heard.extend(pending(lan))
+        return any(frame.endswith(b"after") for frame in heard)
+
+    wait_until(hear, "what the next one says")
+    assert not any(frame.endswith(b"before") for frame in heard)
+
+
 def test_a_primary_that_was_only_late(
     outage: tuple[Client, socket.socket, int], path: Path, links: Links
 ) -> None:

@@ -193,6 +193,20 @@ def test_an_epoch_leaves_when_it_is_committed(bench: Bench, svm: RawLink) -> Non
     assert bench.arrive(1) == [b"of the next epoch"]
 
 
+def test_an_svm_that_speaks_before_the_message_comes_that_it_runs(bench: Bench, svm: RawLink) -> None:
+    bench.output.cut()
+    bench.say(b"of the next epoch")
+    bench.held(1)
+    bench.output.commit()
+    svm.send(frame(b"of the next epoch"))
+    bench.say(b"and another")
+    bench.held(2)
+    bench.output.secondary_resumed()
+    assert bench.arrive(1) == [b"of the next epoch"]
+    svm.send(frame(b"and another"))
+    assert bench.arrive(1) == [b"and another"]
+
+
 def test_a_checkpoint_that_is_given_up(bench: Bench, svm: RawLink) -> None:
     bench.output.abort()  # without a cut, too
     bench.say(b"held")

@@ -93,6 +93,27 @@ def test_path_works_without_a_queue(client: socket.socket, guest: socket.socket)
     assert receive(guest, 1) == [b"in"]
 
 
+def test_what_a_guest_says_is_compared_before_it_is_rewritten(
+    rules: QueueRules, client: socket.socket, guest: socket.socket
+) -> None:
+    """One that lives by the rewriter since a failover, and is protected anew: its next SVM speaks as it does itself."""
+    rules.rewriter(VIF, FROM, TO)
+    anew = QueueRules("pvm_anew")
+    with contextlib.ExitStack() as stack:
+        rewritten, compared = Held(FROM), Held(TO + 1)
+        for held in (rewritten, compared):
+            stack.callback(held.queue.close)
+        anew.hold_from_guest(VIF, TO + 1)
+        stack.callback(anew.remove)
+        send(guest, CLIENT_IP, b"1")
+        (first,) = compared.wait_for(1)
+        rewritten.queue.process()
+        assert rewritten.packets == {}
+        compared.queue.accept(first)
+        rewritten.queue.accept(rewritten.wait_for(1)[0])
+        assert receive(client, 1) == [b"1"]
+
+
 def test_held_until_accepted_in_the_order_of_verdicts(
     held: Held, client: socket.socket, guest: socket.socket
 ) -> None:

@@ -332,9 +332,12 @@ def test_a_datagram_that_differs_ends_in_a_checkpoint(
         (driver.primary if first else driver.secondary)(packet, 0x86DD if v6 else 0x0800)
     waiting = [payload for index, payload in enumerate(ours) if index not in driver.released]
     assert waiting and sum(ours.count(payload) > theirs.count(payload) for payload in set(waiting)) >= 1
-    driver.now_s = driver.comparator.next_deadline_s
-    driver.take(driver.comparator.tick(driver.now_s))
-    assert driver.requests == [Reason.UDP_TIMEOUT]
+    while not driver.requests:  # sooner than by the time-out if the SVM has one of the same length, too
+        driver.now_s = driver.comparator.next_deadline_s
+        driver.take(driver.comparator.tick(driver.now_s))
+    assert driver.requests == [Reason.UDP_TIMEOUT] or (
+        how == "other" and driver.requests == [Reason.UDP_PAYLOAD]
+    )
 
 
 class Guest:

@@ -23,6 +23,7 @@ from remus_colo.errors import PeerLost
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import UnknownPolicy
 from remus_colo.proxy.primary_path import Tunnel
+from remus_colo.proxy.rewriter import Connection
 from remus_colo.relocation import bulk
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
@@ -111,13 +112,16 @@ class SvmVifPath:
 
     def __init__(self, faults: Faults) -> None:
         self._step = faults.step
-        self.rewriter = mock.Mock()
+        self.rewriter = mock.Mock(connections=mock.Mock(return_value=[]))
         self.guest_addresses = mock.Mock(addresses=[])
         self.client_addresses = mock.Mock(addresses=[])
         self.in_lan = False
 
     def await_forwarding(self) -> None:
         self._step("await_forwarding")
+
+    def mute(self) -> None:
+        self._step("mute")
 
     def reset(self) -> None:
         self._step("reset")
@@ -270,6 +274,7 @@ class World:
         bridges: tuple[str, ...] = ("xenbr0",),
         names: dict[str, str] | None = None,
         clock_offset_ns: int | None = None,
+        connections: dict[int, tuple[Connection, ...]] | None = None,
     ) -> None:
         self.faults = Faults()
         self.verdict = verdict
@@ -313,6 +318,7 @@ class World:
             heartbeat=HeartbeatConfig(0.5, 30.0),
             clock_offset_ns=clock_offset_ns,
             host_addresses=(ip_address("10.77.0.11"),),
+            connections=connections or {},
         )
         self.session = ColoBackupSession(
             BackupConfig(unknown=unknown),

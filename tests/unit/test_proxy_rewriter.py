@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from remus_colo.proxy import rewriter
-from remus_colo.proxy.rewriter import Rewriter, finish_checksum
+from remus_colo.proxy.rewriter import Connection, Rewriter, finish_checksum
 
 FIN, SYN, RST, PSH, ACK = 1, 2, 4, 8, 16
 
@@ -636,3 +636,71 @@ def test_icmp_errors_quote_the_svms_number(established: Rewriter) -> None:
     assert established.to_guest(0, icmp_error(b"ping" * 20, kind=8)) is None
     other = out(ACK, PVM_ISN, cport=7)[: 48 if Family.v6 else 28]
     assert established.to_guest(0, icmp_error(other)) is None
+
+
+# -- the next failover
+
+
+@pytest.fixture
+def heir(established: Rewriter) -> Rewriter:
+    """Of the next backup host, whose SVM is a copy of the one that has become the guest."""
+    (connection,) = established.connections()
+    assert (connection.guest_port, connection.client_port, connection.offset) == (GPORT, CPORT, OFFSET)
+    made = Rewriter()
+    made.inherit(0, [Connection.parse(connection.listed())])
+    return made
+
+
+def test_a_connection_lives_through_the_next_failover_too(heir: Rewriter) -> None:
+    mirrored = to(ACK, CLIENT_ISN + 1, SVM_ISN + 1, b"GET")  # behind the rewriter of the PVM's host
+    answer = out(ACK, SVM_ISN + 1, CLIENT_ISN + 4, b"200")  # before it
+    assert heir.to_guest(1, mirrored) is None and heir.from_guest(1, answer) is None
+    heir.reset()
+    heir.stop_learning()
+    assert heir.to_guest(2, to(ACK, CLIENT_ISN + 1, PVM_ISN + 1, b"GET")) == mirrored
+    assert heir.from_guest(2, answer) == out(ACK, PVM_ISN + 1, CLIENT_ISN + 4, b"200")
+    assert [connection.offset for connection in heir.connections()] == [OFFSET], (
+        "and through the one after that"
+    )
+
+
+@pytest.mark.parametrize("flags", [SYN | ACK, SYN])
+def test_another_connection_in_the_place_of_one_that_was_inherited(heir: Rewriter, flags: int) -> None:
+    heir.to_guest(1, to(SYN, 7))
+    heir.from_guest(1, out(flags, 900, 8 if flags & ACK else 0))
+    heir.reset()
+    heir.stop_learning()
+    assert heir.from_guest(2, out(ACK, 901, 8, b"hello")) is None
+    assert heir.rewritten_flows == 0
+
+
+def test_a_syn_does_not_end_what_was_inherited(heir: Rewriter) -> None:
+    """It may be old or forged."""
+    heir.to_guest(1, to(SYN, 7))
+    heir.stop_learning()
+    challenge = out(ACK, SVM_ISN + 1, CLIENT_ISN + 1)
+    assert heir.from_guest(2, challenge) == out(ACK, PVM_ISN + 1, CLIENT_ISN + 1)
+    assert heir.from_guest(3, challenge) == out(ACK, PVM_ISN + 1, CLIENT_ISN + 1)
+
+
+def test_what_has_ended_is_not_inherited(established: Rewriter) -> None:
+    established.from_guest(1, out(RST, SVM_ISN + 1))
+    assert established.connections() == []
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        None,
+        [],
+        ["10.0.0.1", 80, "10.0.0.2", 5000],
+        ["10.0.0.1", 80, "10.0.0.2", 5000, 1 << 32],
+        ["10.0.0.1", 80, "10.0.0.2", 65536, 1],
+        ["10.0.0.1", True, "10.0.0.2", 5000, 1],
+        ["10.0.0.1", 80, "fe80::1", 5000, 1],
+        ["x", 80, "10.0.0.2", 5000, 1],
+    ],
+)
+def test_what_is_no_connection(listed: object) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        Connection.parse(listed)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
-from backup_world import NOW_NS, World
+from backup_world import DOMID, NOW_NS, World
 
 from remus_colo.errors import DomainError, HostError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import UnknownPolicy
+from remus_colo.proxy.rewriter import Connection
 from remus_colo.relocation.schema import MessageType
+from remus_colo.session import inherited
 
 ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
 error_of_each_kind = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -244,6 +247,28 @@ def test_a_takeover() -> None:
     assert world.faults.steps.count("rename") == 1
     # What xl would reboot it with, or remus would protect it with from here.
     assert world.xl_config["nics"] == [{"bridge": "xenbr0", "mac": "02:00:00:00:00:02", "ifname": "web0"}]
+
+
+def test_connections_that_are_mapped_are_told_to_who_protects_the_guest_from_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inherited, "RUN_DIR", tmp_path)
+    listed = ["10.77.0.5", 80, "10.77.0.9", 40000, 7]
+    world = World(connections={0: (Connection.parse(listed),), 5: ()})
+    rewriter = world.path.vifs[0].rewriter
+    rewriter.connections.return_value = [Connection.parse(listed)]
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        assert rewriter.inherit.call_args.args[1] == (Connection.parse(listed),), (
+            "of a failover before this one"
+        )
+        assert inherited.read(DOMID) == {}
+        primary.leave()
+        world.await_event("active")
+        assert inherited.read(DOMID) == {"0": [listed]}
+        world.session.shut_down()
+    assert list(tmp_path.iterdir()) == [], "the rewriter has gone"
 
 
 @pytest.mark.parametrize("step", ["rename", "change_config", "delete_isolated"])

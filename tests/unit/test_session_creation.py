@@ -56,6 +56,7 @@ def test_a_good_one() -> None:
         *((("name",), value) for value in ("", "-x", "web\n<2>root: all is well", "web\0")),
         *((("mode",), value) for value in ("", "fast")),
         *((("host_addresses",), value) for value in ("10.0.0.1", None, ["x"], [None], [{}], {})),
+        *((("connections",), value) for value in (None, [], {"0": None}, {"x": []}, {"0": [["10.0.0.1"]]})),
         *((("clock_offset_ns",), value) for value in (1.5, "5", True, [], 1 << 63, -(1 << 63) - 1)),
     ],
 )
@@ -89,6 +90,13 @@ def test_the_primarys_own_addresses() -> None:
     created = Creation.parse(message(fields() | {"host_addresses": ["10.77.0.1", "fe80::1"]}))
     assert [str(address) for address in created.host_addresses] == ["10.77.0.1", "fe80::1"]
     assert Creation.parse(message(fields())).host_addresses == ()
+
+
+def test_connections_that_the_primary_maps() -> None:
+    listed = ["10.77.0.5", 80, "10.77.0.9", 40000, 0xFFFFFFFF]
+    created = Creation.parse(message(fields() | {"connections": {"0": [listed]}}))
+    assert [connection.listed() for connection in created.connections[0]] == [listed]
+    assert Creation.parse(message(fields())).connections == {}
 
 
 def begin(pages: int) -> Message:

@@ -14,7 +14,7 @@ from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session import peer
+from remus_colo.session import inherited, peer
 
 MODES = (Mode.TRANSPARENT, Mode.COOPERATIVE)
 
@@ -32,6 +32,24 @@ def test_from_the_beginning_to_the_end(mode: Mode) -> None:
     assert world.states() == ["creating", "syncing", "committed", "protected", "stopping", "stopped"]
     assert world.backup.received.count(MessageType.STOP) == 1
     assert world.session.stats.reasons == {"start": 1}
+
+
+def test_connections_that_have_lived_through_a_failover_are_told_to_the_backup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = {"0": [["10.77.0.5", 80, "10.77.0.9", 40000, 7]]}
+    monkeypatch.setattr(inherited, "read", lambda domid: told)
+    world = World(Mode.TRANSPARENT)
+    stop_when_protected(world)
+    heard: list[object] = []
+
+    def create(message: Message) -> None:
+        heard.append(message.fields["connections"])
+        world.backup.answer(message)
+
+    world.backup.at[MessageType.CREATE, 1] = create
+    assert world.run() is ExitStatus.OK
+    assert heard == [told]
 
 
 AT_START = ("suspend", "start_logging", "await_connected", "path.start")

@@ -103,11 +103,18 @@ static void contradicts(struct colo *c, struct state *s, const struct packet *p,
     }
 }
 
+/* The guest opens a connection by it. */
+static bool opens(const struct packet *p)
+{
+    return (p->flags & (TH_SYN | TH_ACK | TH_RST)) == TH_SYN;
+}
+
 /* Give h to its flow; entered: it is among its epoch's held packets already. */
 void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struct packet *p, bool entered)
 {
     uint64_t hash, kept;
     struct flow *flow = flow_find(c, &p->key, &hash);
+    bool begins = !flow;
     struct state *s;
 
     if (!flow) {
@@ -127,6 +134,8 @@ void compare_primary(struct colo *c, int64_t now_ns, struct held *h, const struc
         if (!h->matched)
             contradicts(c, s, p, false);
     }
+    if (flow->kind == KIND_TCP ? opens(p) && !h->conn->has_secondary_isn : !h->matched)
+        doubt_note(c, now_ns, flow, p, true, begins);
     c->epoch->kept_bytes += s->kept_bytes - kept;
     if (c->epoch->kept_bytes > c->config.secondary_bytes && s->kept_bytes > kept)
         shrink(c, s); /* where the PVM's stream begins, what is kept of the SVM's can be cut in two, which costs */
@@ -270,6 +279,7 @@ static void secondary_whole(struct colo *c, int64_t now_ns, const struct packet 
     struct held *equal = NULL;
     struct flow *flow;
     struct state *s;
+    bool begins;
 
     if (p->malformed)
         c->counters.malformed++;
@@ -281,6 +291,7 @@ static void secondary_whole(struct colo *c, int64_t now_ns, const struct packet 
         }
     }
     flow = flow_find(c, &p->key, &hash);
+    begins = !flow;
     if (!flow) {
         if (c->flow_count >= c->config.flows && !flow_make_room(c)) {
             ask_limit(c, COLO_LIMIT_FLOWS, c->flow_count, c->config.flows, "flows known");
@@ -300,6 +311,8 @@ static void secondary_whole(struct colo *c, int64_t now_ns, const struct packet 
         if (!equal)
             contradicts(c, s, p, true);
     }
+    if (flow->kind == KIND_TCP ? opens(p) && !s->secondary->has_isn : !equal)
+        doubt_note(c, now_ns, flow, p, false, begins);
     c->epoch->kept_bytes += s->kept_bytes - kept;
     if (s->kept_bytes && !linked(&s->buffered))
         list_append(&c->epoch->buffered, &s->buffered);

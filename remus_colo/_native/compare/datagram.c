@@ -8,6 +8,8 @@
  */
 #include "state.h"
 
+#define LOOKED_AT_MAX 16
+
 static uint64_t content_hash(const struct colo *c, const struct state *s, const struct packet *p)
 {
     uint64_t hash = hash_bytes(&c->seed, (uintptr_t)s, p->prefix, p->prefixed);
@@ -174,12 +176,26 @@ bool datagram_contradicts(const struct state *s, const struct packet *p, bool wa
 
     if (p->kind != KIND_ICMP || p->prefixed != 4)
         return false;
-    for (struct link *link = s->contents.next; link != &s->contents && looked < 16; link = link->next, looked++) {
+    for (struct link *link = s->contents.next; link != &s->contents && looked < LOOKED_AT_MAX; link = link->next, looked++) {
         const struct content *content = CONTAINER(link, struct content, in_state);
         const struct buf *buf = content_buf(content);
 
         if (content->waiting == waiting && buf->size >= 4 && !memcmp(buf->bytes, p->prefix, 4) &&
             (buf->size != 4 + p->size || memcmp(buf->bytes + 4, p->payload, p->size)))
+            return true;
+    }
+    return false;
+}
+
+/* Whether a datagram of this size (with its prefix) of that side has no equal yet. */
+bool datagram_waits(const struct state *s, bool primary, uint32_t size)
+{
+    unsigned looked = 0;
+
+    for (struct link *link = s->contents.next; link != &s->contents && looked < LOOKED_AT_MAX; link = link->next, looked++) {
+        const struct content *content = CONTAINER(link, struct content, in_state);
+
+        if (content->waiting == primary && content_buf(content)->size == size)
             return true;
     }
     return false;

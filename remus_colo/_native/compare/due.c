@@ -79,6 +79,9 @@ void colo_tick(struct colo *c, int64_t now_ns)
     flow_age(c, now_ns);
     if (c->requested || !c->running)
         return;
+    doubt_settle(c, now_ns);
+    if (c->requested)
+        return;
     h = oldest_held(c);
     lead = oldest_lead(c);
     if (h && now_ns >= due(c, h->arrived_ns)) {
@@ -99,11 +102,11 @@ int64_t colo_deadline(const struct colo *c)
 {
     const struct held *h = oldest_held(c);
     const struct state *lead = oldest_lead(c);
-    int64_t deadline = COLO_NEVER;
+    int64_t deadline = doubt_due(c);
 
     if (c->requested || !c->running)
         return COLO_NEVER;
-    if (h)
+    if (h && due(c, h->arrived_ns) < deadline)
         deadline = due(c, h->arrived_ns);
     if (lead && due(c, lead->leading_ns) < deadline)
         deadline = due(c, lead->leading_ns);

@@ -253,6 +253,23 @@ struct request {
     const char *unit;
 };
 
+#define OPENINGS_KEPT 16u /* of one side */
+
+/* The first packet of a flow that the guest has begun, as it seems. */
+struct opening {
+    struct flow_key key;
+    uint32_t size;   /* of a datagram, with its prefix */
+    uint32_t number; /* of its epoch */
+};
+
+/* A packet of each side that the other will hardly send: see doubt.c. */
+struct doubt {
+    struct flow_key primary, secondary;
+    int64_t since_ns;
+    uint32_t size, number; /* as of an opening */
+    bool pending;
+};
+
 /* How many packets ahead a flow itself is fetched, behind its bucket. */
 #define COMING (COLO_AHEAD / 2u)
 
@@ -284,6 +301,9 @@ struct colo {
     struct content **contents;
     struct assembly **assemblies;
     struct history history;
+    struct opening openings[2][OPENINGS_KEPT]; /* of the SVM, of the PVM; oldest overwritten first */
+    uint32_t openings_at[2];
+    struct doubt doubt;
     struct slab *slabs;          /* memory of flows */
     struct flow *free_flows;     /* by chain */
     uint64_t coming[COMING];     /* hashes of the packets that colo_prefetch() was told of */
@@ -388,6 +408,7 @@ struct held *datagram_secondary(struct colo *c, struct state *s, struct epoch *e
 void datagram_drop(struct colo *c, struct early *early);
 void datagram_let_go(struct colo *c, struct held *h);
 bool datagram_contradicts(const struct state *s, const struct packet *p, bool waiting);
+bool datagram_waits(const struct state *s, bool primary, uint32_t size);
 
 /* assembly.c: fragments */
 struct assembly *assembly_of(struct colo *c, const struct flow_key *key, bool secondary, int64_t now_ns);
@@ -439,6 +460,11 @@ void ask_difference(struct colo *c, const struct state *s, struct difference dif
 void ask_limit(struct colo *c, int reason, uint64_t amount, uint64_t limit, const char *unit);
 void ask_limits(struct colo *c);
 
+/* doubt.c */
+void doubt_note(struct colo *c, int64_t now_ns, const struct flow *flow, const struct packet *p, bool primary, bool begins);
+int64_t doubt_due(const struct colo *c);
+void doubt_settle(struct colo *c, int64_t now_ns);
+
 /* due.c */
 void age_early(struct colo *c, int64_t now_ns);
 void age_assemblies(struct colo *c, int64_t now_ns);
@@ -448,6 +474,7 @@ struct assembly *oldest_secondary_assembly(const struct colo *c);
 /* words.c: sentences for people */
 void words_flow(const struct flow_key *key, char *out, size_t size);
 void words_waits(const struct held *h, char *out, size_t size);
+void words_doubt(const struct doubt *doubt, char *out, size_t size);
 void words_leads(const struct state *s, char *out, size_t size);
 void words_request(const struct request *request, char *out, size_t size);
 

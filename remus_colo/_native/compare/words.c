@@ -152,6 +152,14 @@ void words_leads(const struct state *s, char *out, size_t size)
                  conn->secondary_fin == conn->watermark ? "FIN" : "data");
 }
 
+void words_doubt(const struct doubt *doubt, char *out, size_t size)
+{
+    if (same_key(&doubt->primary, &doubt->secondary))
+        snprintf(out, size, "either side has sent a datagram that the other has not");
+    else
+        snprintf(out, size, "the SVM has sent its own from port %u", ntohs(doubt->secondary.sport));
+}
+
 void words_request(const struct request *request, char *out, size_t size)
 {
     char flow[2 * INET6_ADDRSTRLEN + 64] = "", what[128] = "";

@@ -68,6 +68,8 @@ static int deal_with(struct rw_turns *t, const struct rq_packet *packet, double 
     uint8_t *data = (uint8_t *)frame->data; /* where rq_read() put it, and nobody else's */
     enum rewrite_verdict verdict = REWRITE_AS_IS;
 
+    if (t->muted)
+        return rq_drop(t->queue, packet->id);
     if (worth_a_look(t, frame, now))
         take_look(t, frame);
     /* The rewriter keeps some of the client's packets, and needs them whole. */

@@ -217,6 +217,7 @@ void rewriter_free(struct rewriter *r)
         return;
     if (r->buckets)
         mapping_forget_all(r);
+    rewriter_free(r->inherited);
     free(r->buckets);
     free(r);
 }

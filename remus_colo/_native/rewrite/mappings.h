@@ -48,6 +48,7 @@ struct rewriter {
     uint64_t nr_flows, nr_rewritten;
     uint32_t held_packets;
     struct link ready;
+    struct rewriter *inherited; /* or NULL: flows of it are mapped by the PVM's own host, as long as there is one */
     bool learning;
 };
 

@@ -14,6 +14,7 @@
 #include "mappings.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 /* A client's RST this far above the SVM's last acknowledgement may be one that the SVM accepts. */
 #define RST_WINDOW_BYTES 65535u
@@ -92,7 +93,7 @@ static enum rewrite_verdict shift_client(struct rewriter *r, struct segment *s, 
 
     /* Linux checks that what ends a handshake echoes a timestamp that it sent itself (tcp_input.c,
      * tcp_rcv_synsent_state_process; tcp_minisocks.c, tcp_check_req); this one echoes the PVM's. */
-    if (ack == flow->svm_isn.value + 1 && (s->flags & FLAG_SYN || is(flow->peer_next, s->seq)))
+    if (flow->svm_isn.known && ack == flow->svm_isn.value + 1 && (s->flags & FLAG_SYN || is(flow->peer_next, s->seq)))
         echo = flow->svm_tsval;
     segment_put_ack(s, ack);
     if (echo.known || !segment_plain_options(s))
@@ -187,7 +188,10 @@ static struct mapping *guest_syn(struct rewriter *r, double now_s, const struct 
                               struct mapping *flow)
 {
     bool opens = !(s->flags & FLAG_ACK);
+    struct mapping *inherited = r->inherited ? mapping_find(r->inherited, key) : NULL;
 
+    if (inherited) /* that one has ended: its ports are used again */
+        mapping_forget(r->inherited, inherited);
     if (flow && is(flow->svm_isn, s->seq) &&
         (opens || !flow->peer_next.known ? flow->guest_opened : is(flow->peer_next, s->ack))) {
         /* Sent again, or the SYN-ACK of a simultaneous open, which has the SYN's number. */
@@ -408,4 +412,65 @@ void rewriter_reset(struct rewriter *r)
 void rewriter_stop_learning(struct rewriter *r)
 {
     r->learning = false;
+    while (r->inherited && !list_empty(&r->inherited->flows)) {
+        struct mapping *heir = CONTAINER(r->inherited->flows.next, struct mapping, link);
+        struct mapping *flow = mapping_find(r, &heir->key);
+
+        if (!flow)
+            flow = mapping_add(r, 0, &heir->key);
+        if (flow && !flow->svm_isn.known) { /* otherwise the SVM has begun another one, as it seems */
+            forget_syn(r, flow);
+            mapping_set_offset(r, flow, heir->offset);
+            flow->deadline_s = heir->deadline_s;
+        }
+        mapping_forget(r->inherited, heir);
+    }
+}
+
+/* -- the next failover -- */
+
+void rewriter_inherit(struct rewriter *r, double now_s, const struct rewrite_connection *connection)
+{
+    struct flow_key key = {.version = {connection->version}};
+    struct mapping *flow;
+
+    if (!r->learning)
+        return;
+    if (!r->inherited)
+        r->inherited = rewriter_new(&r->limits);
+    if (!r->inherited)
+        return; /* of memory there will be less for the guest, too */
+    memcpy(key.guest, connection->guest, sizeof(key.guest));
+    memcpy(key.client, connection->client, sizeof(key.client));
+    key.ports[0] = (uint8_t)(connection->guest_port >> 8);
+    key.ports[1] = (uint8_t)connection->guest_port;
+    key.ports[2] = (uint8_t)(connection->client_port >> 8);
+    key.ports[3] = (uint8_t)connection->client_port;
+    flow = mapping_find(r->inherited, &key);
+    if (!flow)
+        flow = mapping_add(r->inherited, now_s, &key);
+    if (!flow)
+        return;
+    mapping_set_offset(r->inherited, flow, known(connection->offset));
+    flow->deadline_s = now_s + r->limits.idle_s;
+}
+
+size_t rewriter_connections(const struct rewriter *r, struct rewrite_connection *out, size_t room)
+{
+    size_t count = 0;
+
+    for (const struct link *link = r->flows.next; link != &r->flows && count < room; link = link->next) {
+        const struct mapping *flow = CONTAINER(link, struct mapping, link);
+
+        if (!mapped(flow) || flow->reset || flow->finished == FINISHED_BOTH)
+            continue;
+        out[count] = (struct rewrite_connection){.guest_port = get16(flow->key.ports),
+                                                 .client_port = get16(flow->key.ports + 2),
+                                                 .version = flow->key.version[0],
+                                                 .offset = flow->offset.value};
+        memcpy(out[count].guest, flow->key.guest, sizeof(flow->key.guest));
+        memcpy(out[count].client, flow->key.client, sizeof(flow->key.client));
+        count++;
+    }
+    return count;
 }
