@@ -95,10 +95,11 @@ class Protection:
             config = f"/run/{name}-changed.cfg"
         self.bed.exec(host, f"rm -f {console}; xl create -q {config}", GUEST_TIMEOUT_S)
         # tail sleeps until there is more to read: programs that look again and again would take the guest's processor.
-        follow = f"exec {{fd}}< <(exec timeout {GUEST_TIMEOUT_S:.0f} tail -n +1 -F {console} 2> /dev/null)"
+        follow = f"coproc exec timeout {GUEST_TIMEOUT_S:.0f} tail -n +1 -F {console} 2> /dev/null"
+        ready = "grep -qm1 'GUEST READY' <&${COPROC[0]}"
         self.bed.exec(
             host,
-            f"{follow}; tail=$!; if grep -qm1 'GUEST READY' <&$fd; then kill $tail; else tail {console}; xl list; false; fi",
+            f"{follow}; tail=$COPROC_PID; if {ready}; then kill $tail; else tail {console}; xl list; false; fi",
             GUEST_TIMEOUT_S + 30,
         )
 
