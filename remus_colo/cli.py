@@ -31,6 +31,7 @@ from remus_colo.options import (
     split_command,
     tls_files,
 )
+from remus_colo.outlet import LogOutlet
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import signals
 
@@ -281,7 +282,7 @@ def run_command(
     """Runs a command's body, and makes one sentence and an exit status of any error."""
     open_standard_files()
     try:
-        return int(body(argv))
+        return _run_body(body, argv)
     except SystemExit as error:
         # argparse's --help and --version
         return error.code if isinstance(error.code, int) else int(ExitStatus.OK)
@@ -301,9 +302,18 @@ def run_command(
         return int(ExitStatus.FAILURE)
 
 
+def _run_body(body: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    try:
+        return int(body(argv))
+    finally:
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # what was said on the way to the end comes before the end's own words
+
+
 def _body(argv: Sequence[str]) -> int:
     options = parse(argv)
     logging.basicConfig(
+        handlers=[LogOutlet(sys.stderr)],
         level=logging.DEBUG if options.verbose else logging.WARNING,
         format="remus: %(message)s"
         if not options.verbose
