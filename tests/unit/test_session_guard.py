@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from remus_colo.errors import DomainError, PeerLost
+from remus_colo.errors import DomainError, HostError, PeerLost
 from remus_colo.session import lock
 from remus_colo.session.guard import Guard
 from remus_colo.session.lock import only_one
@@ -227,3 +229,34 @@ def test_one_while_a_guard_cleans_up(run_dir: Path, cleaned: list[tuple[str, ...
             only_one(7, "web"),
         ):
             pass
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_full_file_system(
+    run_dir: Path, cleaned: list[tuple[str, ...]], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told in a sentence, whether it is so at once or later; the next one finds all in order."""
+
+    class Full(io.FileIO):
+        room_lines = room
+
+        def write(self, line: Any, /) -> int:
+            self.room_lines -= 1
+            if self.room_lines < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(line)
+
+    monkeypatch.setattr(lock, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
+    with (
+        pytest.raises(HostError, match=f"cannot write to {run_dir}.*No space left on device; see `df "),
+        only_one(7, "web") as record,
+    ):
+        record.note_tag("abcdef")
+    assert (run_dir / "protect-7.lock").read_text() == ""
+
+
+def test_a_run_directory_that_cannot_be_made(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_dir / "file").write_text("")
+    monkeypatch.setattr(lock, "RUN_DIR", run_dir / "file" / "remus_colo")
+    with pytest.raises(HostError, match="Not a directory"), only_one(7, "web"):
+        pass
