@@ -139,6 +139,16 @@ def test_a_guest_that_is_left_suspended_is_resumed(tmp_path: Path, body: str) ->
     assert "'resume': True" in (tmp_path / "recover").read_text()
 
 
+def test_a_log_that_cannot_be_written_any_more(tmp_path: Path) -> None:
+    """The guest is let run all the same."""
+    (tmp_path / "log").mkdir()
+    _, said = run(tmp_path, "die()")
+    assert "cannot write the log file" in said
+    assert "web goes on UNPROTECTED" in said
+    assert (tmp_path / "recover").exists()
+    assert record(tmp_path) == ""
+
+
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
 def test_a_standard_file_that_was_closed_is_no_other_file(tmp_path: Path, closed: tuple[int, ...]) -> None:
     """As cron jobs and daemons start commands: the lock would have got its number, and the guard put /dev/null in its place."""
