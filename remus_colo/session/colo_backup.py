@@ -58,6 +58,7 @@ class ColoBackupSession(BackupSession):
         self.engine: SvmEngine | None = None
         self._restored = threading.Event()
         self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=STREAM_PIECES)
+        self._stream_over = threading.Event()  # what has come of it is of no use any more
         self._assembler: Assembler | None = None
         self._received: Received | None = None
         self._dirty = b""
@@ -88,7 +89,8 @@ class ColoBackupSession(BackupSession):
                 continue  # xl is slower than the network: the primary waits
 
     def _end_stream(self) -> None:
-        with contextlib.suppress(queue.Full):
+        self._stream_over.set()
+        with contextlib.suppress(queue.Full):  # then there is something to wake up by
             self._chunks.put_nowait(None)
 
     def _restore(self) -> None:
@@ -96,10 +98,12 @@ class ColoBackupSession(BackupSession):
         name = birth.secondary_name(self.creation.config["c_info"]["name"])
         restorer = birth.Restorer(name)
         try:
-            while (chunk := self._chunks.get()) is not None and not self._peer_lost:
+            while (chunk := self._chunks.get()) is not None and not self._stream_over.is_set():
                 restorer.feed(chunk)
-            if self._peer_lost:
-                raise DomainError("the primary was lost before the guest had arrived")
+            if self._stream_over.is_set():
+                raise DomainError(
+                    f"{'the primary was lost' if self._peer_lost else 'protection ended'} before the guest had arrived"
+                )
             domid = restorer.finish(self.store)
         except BaseException:
             restorer.abort()
@@ -122,6 +126,9 @@ class ColoBackupSession(BackupSession):
 
     def _on_restored(self, _: None, error: BaseException | None) -> None:
         if error is not None:
+            if isinstance(error, RemusError) and self.machine.state is not BackupState.CREATING:
+                log.info("%s: %s", self.creation.name, error)  # it was given up
+                return
             self._svm_failed(error)
             return
         if self.machine.state is not BackupState.CREATING:

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
+from collections.abc import Callable
 from ipaddress import ip_address
 
 import pytest
-from backup_world import NOW_NS, World
+from backup_world import NOW_NS, PATIENCE_S, World
 
 from remus_colo.errors import DomainError, HostError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import UnknownPolicy
 from remus_colo.relocation.schema import MessageType
+from remus_colo.session.colo_backup import STREAM_PIECES
 
 ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
 error_of_each_kind = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -444,3 +448,29 @@ def test_what_is_no_checkpoint_counts_as_a_lost_primary() -> None:
     world.assert_gone()
     assert any(name == "primary-lost" and "Remus" in fields["reason"] for name, fields in world.events)
     assert not isinstance(world.ended, RemusError)
+
+
+def test_protection_that_ends_while_xl_is_slower_than_the_network() -> None:
+    """What has come and waits for xl is not fed to it any more, and nothing more is waited for."""
+    world = World()
+    go_on = threading.Event()
+    world.faults.at["feed"] = lambda: go_on.wait(PATIENCE_S)
+    with world.running() as primary:
+        for _ in range(STREAM_PIECES + 2):
+            primary.data.send_bulk(MessageType.CREATE_STREAM, 0, [b"guest"])
+        wait_until(world.session._chunks.full)
+        primary.control.send_control(MessageType.STOP, 0, {"reason": "done"})
+        world.await_state_after("creating")
+        go_on.set()
+        primary.expect(MessageType.BYE)
+    world.assert_gone()
+    assert world.faults.steps.count("feed") == 1
+    assert "finish" not in world.faults.steps
+    assert "restore.abort" in world.faults.steps
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)
