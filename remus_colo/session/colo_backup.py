@@ -14,6 +14,7 @@ from collections.abc import Callable
 from remus_colo.adapters import toolstack, userdata
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Clock, Guest, ShutdownReason
+from remus_colo.adapters.xenstore import domain_named
 from remus_colo.checkpoint import birth
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
 from remus_colo.checkpoint.mode import MAX_BEHIND_NS
@@ -107,6 +108,8 @@ class ColoBackupSession(BackupSession):
             domid = restorer.finish(self.store)
         except BaseException:
             restorer.abort()
+            if restorer.made:
+                self.domid = domain_named(self.store, name)  # to be destroyed
             raise
         finally:
             self._restored.set()

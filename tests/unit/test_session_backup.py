@@ -469,6 +469,22 @@ def test_protection_that_ends_while_xl_is_slower_than_the_network() -> None:
     assert "restore.abort" in world.faults.steps
 
 
+@pytest.mark.parametrize("end", ["lost", "stopped"])
+def test_a_restore_that_is_given_up_and_leaves_a_domain(end: str) -> None:
+    """xl was killed as it took its time, or had the whole guest already."""
+    world = World()
+    world.xl_leaves_it = True
+    with world.running() as primary:
+        primary.data.send_bulk(MessageType.CREATE_STREAM, 0, [b"guest"])
+        wait_until(lambda: "feed" in world.faults.steps)
+        if end == "lost":
+            primary.leave()
+        else:
+            primary.stop()
+    world.assert_gone()
+    assert world.destroyed == 1
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + PATIENCE_S
     while not condition():

@@ -12,6 +12,7 @@ import pytest
 
 from remus_colo import primary, remus
 from remus_colo.adapters import toolstack
+from remus_colo.checkpoint import birth
 from remus_colo.errors import DomainError, HostError
 
 
@@ -61,3 +62,20 @@ def test_a_copy_is_not_what_is_to_be_protected(xl: Path, suffix: str, run: Calla
     xl.chmod(0o755)
     with pytest.raises(DomainError, match=f"web{suffix} is the copy of a guest .*xl rename web{suffix} web"):
         run(mock.Mock(domain=f"web{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("xl_does", "made"),
+    [("exit 0", True), ("exit 1", False), ("kill -9 $$", True), ("exec sleep 1000", True)],
+)
+def test_what_a_restore_that_was_given_up_may_have_left(
+    xl: Path, monkeypatch: pytest.MonkeyPatch, xl_does: str, made: bool
+) -> None:
+    """An xl that was killed has not destroyed what it had half made."""
+    monkeypatch.setattr(birth, "ABORT_TIMEOUT_S", 0.1 if "sleep" in xl_does else 60.0)
+    xl.write_text(f"#!/bin/sh\n{xl_does}\n")
+    xl.chmod(0o755)
+    restorer = birth.Restorer("web--secondary")
+    assert not restorer.made
+    restorer.abort()
+    assert restorer.made is made
