@@ -208,7 +208,7 @@ class ColoBackupSession(BackupSession):
                 self._align_clock(engine, received.xen_time_ns)
             return time.monotonic() - started_s
 
-        self._svm_thread("apply", apply, self._on_applied)
+        self._apply_thread(apply, self._on_applied)
 
     def _align_clock(self, engine: SvmEngine, stopped_ns: int) -> None:
         """In a thread, the SVM stopped: have its clock go on from the PVM's.
@@ -335,8 +335,7 @@ class ColoBackupSession(BackupSession):
     def _destroy(self) -> None:
         # A restore or a load ends by itself; then the domain can be destroyed.
         self._svm_at_rest.wait(birth.RESTORE_TIMEOUT_S)
-        if self.engine is not None:
-            self.engine.close()
+        self._close_engine()
         if self.domid is not None:
             toolstack.destroy(self.domid)
 
@@ -346,6 +345,9 @@ class ColoBackupSession(BackupSession):
         steps: list[Callable[[], object]] = [at_rest, self.peer.close]
         if self.path is not None:
             steps.append(self.path.close)
-        if self.engine is not None:
-            steps.append(self.engine.close)
-        return steps
+        return [*steps, self._close_engine]
+
+    def _close_engine(self) -> None:
+        """Not under the hands of a thread that is stuck in it: it would write to memory that is not mapped any more."""
+        if self.engine is not None and self._svm_at_rest.is_set():
+            self.engine.close()

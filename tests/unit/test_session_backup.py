@@ -16,6 +16,7 @@ from remus_colo.errors import DomainError, HostError, NetworkError, PeerLost, Re
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import UnknownPolicy
 from remus_colo.relocation.schema import MessageType
+from remus_colo.session import backup
 from remus_colo.session.colo_backup import STREAM_PIECES
 
 ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
@@ -481,6 +482,30 @@ def test_a_restore_that_is_given_up_and_leaves_a_domain(end: str) -> None:
             primary.leave()
         else:
             primary.stop()
+    world.assert_gone()
+    assert world.destroyed == 1
+
+
+@pytest.mark.parametrize("primary_lost", [False, True])
+def test_a_checkpoint_that_is_never_loaded(monkeypatch: pytest.MonkeyPatch, primary_lost: bool) -> None:
+    """The primary's clients wait for it: it is told that protection is over."""
+    monkeypatch.setattr(backup, "APPLY_TIMEOUT_S", 0.2)
+    world = World()
+    go_on = threading.Event()
+    with world.running() as primary:
+        primary.begin()
+        world.faults.at["apply"] = lambda: go_on.wait(PATIENCE_S)
+        primary.prepare()
+        primary.send_checkpoint()
+        primary.expect(MessageType.ACK)
+        if primary_lost:
+            primary.leave()
+        else:
+            reason = primary.expect(MessageType.ABORT).fields["reason"]
+            assert "checkpoint 1 was not loaded within 0.2 s" in reason
+        wait_until(lambda: world.states()[-1] == "standing down")
+        assert not world.engine.closed
+        go_on.set()
     world.assert_gone()
     assert world.destroyed == 1
 
