@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 from primary_world import World
@@ -164,6 +165,23 @@ def test_a_doubt_that_lasts_is_told_once(
     world.on_event["protected"] = world.backup.leave
     world.run()
     assert ["nobody can tell" in record.message for record in caplog.records].count(True) == 1
+
+
+def test_an_arbiter_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(fence=("unused",))
+    answers: Iterator[Exception | bool] = iter([RuntimeError("a mistake"), False])
+
+    def judge(_known: object) -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(world.session._doubt, "_judge", judge)
+    monkeypatch.setattr("remus_colo.session.doubt.INTERVAL_S", 0.01)
+    world.on_event["protected"] = world.backup.leave
+    assert world.run() is ExitStatus.UNPROTECTED
+    world.assert_clean()
 
 
 @pytest.mark.parametrize("mode", MODES)
