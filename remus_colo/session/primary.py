@@ -7,6 +7,7 @@ What the state machine orders is done here, or in the subclasses: ``colo_primary
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
 import threading
 from collections import Counter
@@ -18,7 +19,7 @@ from remus_colo.adapters import toolstack, xenctrl
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S
 from remus_colo.devices.device import DeviceSet
-from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
+from remus_colo.errors import DomainError, ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.failover.backup import DECIDING
 from remus_colo.failover.primary import PrimaryAction as A
 from remus_colo.failover.primary import PrimaryEvent as E
@@ -248,11 +249,23 @@ class PrimarySession(abc.ABC):
         """An error of this host's that ends protection; a bug is raised on."""
         if not isinstance(error, RemusError):
             raise error
+        error = self._explained(error)
         log.error("%s", error)
         self.event("error", text=str(error))
         if self.failure is None:
             self.failure = error
         self.handle(E.LOCAL_FAILURE, reason=str(error))
+
+    def _explained(self, error: RemusError) -> RemusError:
+        """What fails because the guest has lost an interface tells of a plug, or of a file of the backend's, that is not there."""
+        with contextlib.suppress(RemusError):
+            for end in self.path.vifs:
+                if not self.path.links.exists(end.vif.ifname):
+                    return DomainError(
+                        f"{end.vif.ifname} is gone: if the guest was not destroyed, but lost an interface (xl network-detach), "
+                        f"protect it anew ({error})"
+                    )
+        return error
 
     # -- the peer --------------------------------------------------------------------------------------------
 

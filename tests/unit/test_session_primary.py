@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from primary_world import World
+from primary_world import DOMID, World
 
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, XenError
@@ -65,6 +65,16 @@ def test_whatever_fails_the_guest_goes_on(mode: Mode, step: str, error: Exceptio
     assert world.backup.received.count(MessageType.STOP) == 1
     assert world.path.dropped is False
     assert "error" in world.names()
+
+
+def test_a_guest_that_loses_an_interface() -> None:
+    """What was about to be done with it fails, which says little."""
+    world = World()
+    world.faults.planned["hold_input"] = NetworkError("cannot change the plug of vif7.0: No such device")
+    world.path.links.exists.return_value = False
+    assert world.run() is ExitStatus.DOMAIN
+    assert str(world.session.failure).startswith(f"vif{DOMID}.0 is gone: if the guest was not destroyed")
+    world.assert_clean()
 
 
 def test_a_guest_that_has_suspended_when_its_stop_fails_runs_before_the_end() -> None:
