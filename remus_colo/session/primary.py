@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from remus_colo.adapters import toolstack, xenctrl
+from remus_colo.adapters import backend, toolstack, xenctrl
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S
 from remus_colo.devices.device import DeviceSet
@@ -37,6 +37,13 @@ log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
+# In all others protection has ended, or is about to.
+WITH_BACKUP = frozenset(
+    {
+        *(PrimaryState.CREATING, PrimaryState.SYNCING),
+        *(PrimaryState.PROTECTED, PrimaryState.CHECKPOINTING, PrimaryState.COMMITTED),
+    }
+)
 DECIDING_STATES = frozenset(state.value for state in DECIDING)
 
 
@@ -364,6 +371,7 @@ class PrimarySession(abc.ABC):
         self.loop.call_later(GUEST_CHECK_S, self._check_guest)
         if not self.guest_alive():
             return
+        self._check_interfaces()
         self._look_at_packets()
         if (
             self._lan.conflict()
@@ -372,6 +380,18 @@ class PrimarySession(abc.ABC):
         ):
             self.event("lan-conflict")
             self.handle(E.LAN_CONFLICT)
+
+    def _check_interfaces(self) -> None:
+        """Through one that came later the guest speaks to everybody, unheard of here, and its copy has none."""
+        known = {name for end in self.path.vifs for name in (end.vif.ifname, end.vif.emulated_ifname)}
+        more = backend.interfaces(self.engine.guest.domid) - known
+        if more and self.machine.state in WITH_BACKUP:
+            self.fail(
+                DomainError(
+                    f"the guest has got {min(more)} while it is protected, which its copy has not: protect it anew, with that interface "
+                    "or without"
+                )
+            )
 
     # -- the end ---------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from primary_world import DOMID, World
 
+from remus_colo.adapters import backend
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.primary import PrimaryEvent
@@ -74,6 +75,24 @@ def test_a_guest_that_loses_an_interface() -> None:
     world.path.links.exists.return_value = False
     assert world.run() is ExitStatus.DOMAIN
     assert str(world.session.failure).startswith(f"vif{DOMID}.0 is gone: if the guest was not destroyed")
+    world.assert_clean()
+
+
+@pytest.mark.parametrize("more", [{f"vif{DOMID}.0", f"vif{DOMID}.0-emu"}, {f"vif{DOMID}.1"}], ids=str)
+def test_a_guest_that_gets_an_interface(monkeypatch: pytest.MonkeyPatch, more: set[str]) -> None:
+    """Nobody would hold what it says there, and nobody would say it after a failover."""
+    world = World()
+    monkeypatch.setattr(backend, "interfaces", lambda domid: {f"vif{domid}.0"})
+
+    def protected() -> None:
+        monkeypatch.setattr(backend, "interfaces", lambda domid: more)
+        world.loop.call_later(0.01, world.session._check_guest)
+        world.loop.call_later(0.1, world.session.request_stop)
+
+    world.on_event["protected"] = protected
+    new = f"vif{DOMID}.1" in more
+    assert world.run() is (ExitStatus.DOMAIN if new else ExitStatus.OK)
+    assert (f"the guest has got vif{DOMID}.1" in str(world.session.failure)) is new
     world.assert_clean()
 
 
