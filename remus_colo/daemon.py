@@ -165,13 +165,12 @@ def _body(argv: Sequence[str]) -> int:
     for note in options.notes:
         log.warning("%s", note)
     background = None if options.foreground else service.Background()
-    with service.pid_file(options.pid_file):
-        daemon = Daemon(options)
-        with signals.ending(lambda _: daemon.stop()):
-            if background is not None:
-                background.ready()
-            service.notify("READY=1")
-            daemon.run()
+    daemon = Daemon(options)  # first, as it fails if one runs already, whose the file is
+    with service.pid_file(options.pid_file), signals.ending(lambda _: daemon.stop()):
+        if background is not None:
+            background.ready()
+        service.notify("READY=1")
+        daemon.run()
     return int(ExitStatus.OK)
 
 
