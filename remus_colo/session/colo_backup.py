@@ -28,6 +28,7 @@ from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.relocation.clock import secondary_offset
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session import leftovers
 from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.creation import Creation
 from remus_colo.session.parts import EventSink
@@ -54,6 +55,7 @@ class ColoBackupSession(BackupSession):
         event: EventSink,
     ) -> None:
         super().__init__(config, creation, make_peer, clock, event)
+        self._claim = contextlib.ExitStack()  # to the names of its links
         self.path: BackupPath | None = None
         self.lan: SvmLan | None = None
         self.engine: SvmEngine | None = None
@@ -71,6 +73,7 @@ class ColoBackupSession(BackupSession):
         creation = self.creation
         try:
             self._refuse_remains(birth.secondary_name(creation.config["c_info"]["name"]))
+            self._claim.enter_context(leftovers.claim(creation.tag))
             self.path = BackupPath(self.loop, creation.tag, list(creation.tunnels))
             self.lan = SvmLan(creation, self.path, self.store, self.config.lan_bridge)
             self.lan.check()  # now, not when the primary is dead
@@ -345,7 +348,7 @@ class ColoBackupSession(BackupSession):
         steps: list[Callable[[], object]] = [at_rest, self.peer.close]
         if self.path is not None:
             steps.append(self.path.close)
-        return [*steps, self._close_engine]
+        return [*steps, self._claim.close, self._close_engine]
 
     def _close_engine(self) -> None:
         """Not under the hands of a thread that is stuck in it: it would write to memory that is not mapped any more."""

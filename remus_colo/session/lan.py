@@ -49,13 +49,17 @@ def bridge_here(links: Links, config: dict[str, Any], index: int, default: str) 
     raise DomainError(f"there is no bridge {named or default!r} on this host: name one by --bridge")
 
 
-def uplinks(bridge: str) -> list[str]:
-    """Ports of a bridge that are no guest's: where the LAN is."""
+def ports(bridge: str) -> list[str]:
+    """Of a bridge; none if it is not one."""
     try:
-        ports = os.listdir(f"/sys/class/net/{bridge}/brif")
+        return os.listdir(f"/sys/class/net/{bridge}/brif")
     except OSError:
         return []
-    return [port for port in ports if not port.startswith(("vif", "tap"))]
+
+
+def uplinks(bridge: str) -> list[str]:
+    """Ports of a bridge that are no guest's: where the LAN is."""
+    return [port for port in ports(bridge) if not port.startswith(("vif", "tap"))]
 
 
 @dataclass(frozen=True, slots=True)

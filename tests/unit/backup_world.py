@@ -282,6 +282,7 @@ class World:
         self.svm_exists = False
         self.xl_leaves_it = False
         self.destroyed = 0
+        self.claimed: set[str] = set()  # tags
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.asked: list[LanSide] = []  # of the last look at the LAN
         self.ended: Exception | None = None
@@ -301,6 +302,7 @@ class World:
         patch(colo_backup, "SvmEngine", lambda *_: self.engine)
         patch(colo_backup.birth, "Restorer", lambda name: Restorer(self))
         patch(colo_backup, "domain_named", self._domain_named)
+        patch(colo_backup.leftovers, "claim", self._claim)
         patch(colo_backup.toolstack, "destroy", self._destroy)
         patch(colo_backup.toolstack, "rename", lambda domid, name: self.faults.step("rename"))
         self.xl_config: dict[str, Any] = {"nics": [{"bridge": "rcbabcdef.0", "mac": "02:00:00:00:00:02"}]}
@@ -342,6 +344,13 @@ class World:
     def _change_config(self, domid: int, alter: Callable[[dict[str, Any]], None]) -> None:
         self.faults.step("change_config")
         alter(self.xl_config)
+
+    @contextlib.contextmanager
+    def _claim(self, tag: str) -> Iterator[None]:
+        """The kernel's is for all processes, and other tests may run beside this one."""
+        self.claimed.add(tag)
+        yield
+        self.claimed.remove(tag)
 
     def _domain_named(self, _store: object, name: str) -> int | None:
         return DOMID if self.svm_exists and name == "web--secondary" else None
@@ -418,6 +427,7 @@ class World:
         """Nothing is left of it."""
         assert not self.svm_exists
         assert self.path.closed
+        assert not self.claimed
         assert self.engine.closed or "start" not in self.faults.steps
         assert self.events[-1][0] == "ended"
 
