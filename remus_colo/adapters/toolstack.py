@@ -28,6 +28,7 @@ def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",  # a domain's name may be in any encoding
             timeout=timeout_s,
             check=False,
             start_new_session=True,  # Ctrl-C is for us alone

@@ -79,3 +79,13 @@ def test_what_a_restore_that_was_given_up_may_have_left(
     assert not restorer.made
     restorer.abort()
     assert restorer.made is made
+
+
+def test_a_domain_with_a_name_in_another_encoding_is_in_nobodys_way(xl: Path) -> None:
+    """xl prints names as they are."""
+    uuid = "4e7a4b1e-0000-4000-8000-00000000000a"
+    xl.write_bytes(
+        b"#!/bin/sh\nprintf 'UUID ID name\\n%s 3 caf\\351\\n%s 7 web\\n' 00000000 " + uuid.encode()
+    )
+    xl.chmod(0o755)
+    assert toolstack.find_domain(uuid) == 7
