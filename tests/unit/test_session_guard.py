@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,31 @@ def test_a_guard_is_not_ended_with_what_it_guards(tmp_path: Path, number: str) -
     guarded = Guarded(tmp_path / "told", script)
     guarded.wait()
     assert guarded.remains()[0] == guarded.process.pid
+
+
+@pytest.mark.parametrize("name", ["café", "ein langer Name mit Umlauten: äöü", "x" * 200, "\udcff"])
+def test_a_guest_with_an_odd_name(name: str) -> None:
+    """The guard bears its name, as far as a process can."""
+    guard = Guard(name, lambda remains: None)
+    try:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not Path(f"/proc/{guard._pid}/comm").read_bytes().startswith(b"guard-"):
+            assert time.monotonic() < deadline_s, "it has no name, if it is there at all"
+            time.sleep(0.002)
+        guard.note_tag("abcdef")
+    finally:
+        guard.end()
+
+
+def test_a_guard_that_is_killed_before_protection_begins() -> None:
+    guard = Guard("web", lambda remains: None)
+    os.kill(guard._pid, signal.SIGKILL)
+    os.waitid(os.P_PID, guard._pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(HostError, match=f"the process {guard._pid} that was to guard this one is gone"):
+        guard.note_tag("abcdef")
+    with pytest.raises(HostError):
+        guard.hold(0)
+    guard.end()
 
 
 def test_a_guard_that_fails_says_so(tmp_path: Path) -> None:
