@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from remus_colo import report
 from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_copy, refuse_guest
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest, refuse_name
 from remus_colo.checkpoint.mode import Choice, choose
 from remus_colo.checkpoint.pvm import PvmEngine
 from remus_colo.errors import ExitStatus, PeerError, RemusError
@@ -64,7 +64,7 @@ def run(options: ColoOptions) -> int:
     """
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
-    refuse_copy(name)
+    refuse_name(name, domid)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(only_one(domid, name))
         guard = stack.enter_context(guarded(domid, name, record, options))

@@ -89,3 +89,13 @@ def test_a_domain_with_a_name_in_another_encoding_is_in_nobodys_way(xl: Path) ->
     )
     xl.chmod(0o755)
     assert toolstack.find_domain(uuid) == 7
+
+
+@pytest.mark.parametrize("run", [primary.run, remus.run], ids=["COLO", "Remus"])
+@pytest.mark.parametrize("name", ["my guest", "-web", "web\u200b"])
+def test_a_name_that_the_backup_would_refuse(xl: Path, name: str, run: Callable[[object], int]) -> None:
+    """It would call the message malformed, which helps nobody."""
+    xl.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(name)}\n")
+    xl.chmod(0o755)
+    with pytest.raises(DomainError, match=r"domain 7 has the name .*\(xl rename 7 NAME\)"):
+        run(mock.Mock(domain="7"))
