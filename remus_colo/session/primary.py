@@ -316,8 +316,11 @@ class PrimarySession(abc.ABC):
             return
         self._peer_lost = True
         self._peer_failure = self._peer_failure or PeerLost(reason)
-        # A hook at the backup may be switching this host off, however well we feel.
-        doubt = bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict()
+        # A hook at the backup may be switching this host off, however well we feel.  And a look at the LAN does not find a guest
+        # that is cut off from it.
+        doubt = (
+            bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict() or self._lan.unplugged()
+        )
         self.handle(E.BACKUP_LOST_IN_DOUBT if doubt else E.BACKUP_LOST, reason=reason)
 
     def _check_peer(self) -> None:

@@ -196,6 +196,19 @@ def test_a_doubt_that_lasts_is_told_once(
     assert ["nobody can tell" in record.message for record in caplog.records].count(True) == 1
 
 
+def test_a_host_that_is_cut_off_from_backup_and_lan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backup finds nobody there and takes over: what the guest says is held until the LAN tells."""
+    world = World()
+    answers: Iterator[bool | None] = iter([None, True])
+    monkeypatch.setattr(world.session._lan, "unplugged", lambda: True)
+    monkeypatch.setattr(world.session._lan, "secondary_active", lambda *_: next(answers))
+    monkeypatch.setattr("remus_colo.session.doubt.INTERVAL_S", 0.01)
+    world.on_event["protected"] = world.backup.leave
+    assert world.run() is ExitStatus.FENCED
+    assert "release_all" not in world.steps
+    assert world.engine.guest.gone
+
+
 def test_an_arbiter_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(fence=("unused",))
     answers: Iterator[Exception | bool] = iter([RuntimeError("a mistake"), False])
