@@ -31,6 +31,7 @@ from remus_colo.options import (
     split_command,
     tls_files,
 )
+from remus_colo.outlet import LogOutlet
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import signals
 
@@ -257,12 +258,31 @@ def load(module: str, needs: str) -> Any:
         raise HostError(f"cannot load {error.name or module}: {error}; {needs}") from error
 
 
+def open_standard_files() -> None:
+    """What was closed when the process began is /dev/null from now on.
+
+    Else the next file that is opened gets its number: a lock, a socket, and with that whatever is written to that number,
+    or put in its place.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(null, True)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def run_command(
     prog: str, argv: Sequence[str], body: Callable[[Sequence[str]], int], *, verbose: bool
 ) -> int:
     """Runs a command's body, and makes one sentence and an exit status of any error."""
+    open_standard_files()
     try:
-        return int(body(argv))
+        return _run_body(body, argv)
     except SystemExit as error:
         # argparse's --help and --version
         return error.code if isinstance(error.code, int) else int(ExitStatus.OK)
@@ -282,9 +302,18 @@ def run_command(
         return int(ExitStatus.FAILURE)
 
 
+def _run_body(body: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    try:
+        return int(body(argv))
+    finally:
+        for handler in logging.getLogger().handlers:
+            handler.flush()  # what was said on the way to the end comes before the end's own words
+
+
 def _body(argv: Sequence[str]) -> int:
     options = parse(argv)
     logging.basicConfig(
+        handlers=[LogOutlet(sys.stderr)],
         level=logging.DEBUG if options.verbose else logging.WARNING,
         format="remus: %(message)s"
         if not options.verbose

@@ -11,12 +11,13 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remus_colo import report
 from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_copy, refuse_guest
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest, refuse_name
 from remus_colo.checkpoint.mode import Choice, choose
 from remus_colo.checkpoint.pvm import PvmEngine
 from remus_colo.errors import ExitStatus, PeerError, RemusError
@@ -63,7 +64,7 @@ def run(options: ColoOptions) -> int:
     """
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
-    refuse_copy(name)
+    refuse_name(name, domid)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(only_one(domid, name))
         guard = stack.enter_context(guarded(domid, name, record, options))
@@ -156,7 +157,7 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
 
     def recover(remains: Remains) -> None:
         """In the guard."""
-        events = report.EventLog(options.log)
+        events = _event_log(options.log)
         # A guest is reborn before the first checkpoint, without which the backup does not take over.
         doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS and not remains.reborn
         stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
@@ -190,6 +191,15 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
         raise
     else:
         end()
+
+
+def _event_log(path: Path | None) -> report.EventLog:
+    """One that cannot be opened any more, as on a disk that has failed, keeps no guest from being let run."""
+    try:
+        return report.EventLog(path)
+    except RemusError as error:
+        log.warning("%s", error)
+        return report.EventLog(None)
 
 
 def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: str) -> Channel:

@@ -13,7 +13,7 @@ from remus_colo.adapters import kmod, toolstack
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import domain_kind, refuse_copy, refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import domain_kind, refuse_for_remus, refuse_name, refuse_stopped
 from remus_colo.checkpoint.periodic import RoundTimes
 from remus_colo.devices import netbuffer
 from remus_colo.devices.device import CheckpointedDevice, DeviceSet
@@ -43,7 +43,7 @@ def run(options: RemusOptions) -> int:
     """
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
-    refuse_copy(name)
+    refuse_name(name, domid)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(only_one(domid, name))
         guard = stack.enter_context(guarded(domid, name, record, options))

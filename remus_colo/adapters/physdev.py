@@ -149,6 +149,7 @@ def _run(tool: str, *arguments: str) -> str:
             text=True,
             timeout=2 * _COMMAND_TIMEOUT_S,
             check=False,
+            start_new_session=True,  # Ctrl-C is for us alone
         )
     except subprocess.TimeoutExpired as exc:
         raise HostError(f"{tool} did not end within {2 * _COMMAND_TIMEOUT_S} s") from exc

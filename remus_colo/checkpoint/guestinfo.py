@@ -19,7 +19,8 @@ from remus_colo.adapters.xenctrl import (
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.birth import SECONDARY_SUFFIX
 from remus_colo.checkpoint.receiver import INCOMING_SUFFIX
-from remus_colo.errors import DomainError
+from remus_colo.errors import ConfigError, DomainError
+from remus_colo.options import check_word
 
 # Devices without a backend that matters: consoles end in xenconsoled, vkbd and vfb of a guest without a
 # display are never connected.
@@ -55,6 +56,18 @@ class GuestLayout:
     def private_gfns(self) -> tuple[int, int]:
         """Pages shared with this host's own xenstored and xenconsoled: they never travel."""
         return self.store_gfn, self.console_gfn
+
+
+def refuse_name(name: str, domid: int) -> None:
+    """:raise DomainError: the domain cannot be protected under its name, which is that of a copy, or one that the backup refuses."""
+    try:
+        check_word("the domain", name)
+    except ConfigError as error:
+        raise DomainError(
+            f"domain {domid} has the name {name!r}, with a blank, an invisible sign or a dash where none may be: "
+            f"rename it first (xl rename {domid} NAME)"
+        ) from error
+    refuse_copy(name)
 
 
 def refuse_copy(name: str) -> None:

@@ -49,7 +49,8 @@ class Doubt:
 
     def _on_verdict(self, active: bool | None, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, RemusError):
-            raise error
+            # Raised on it would end nothing, as no other end comes before a verdict, and nobody would ask again.
+            log.error("the arbiter failed: %s", error, exc_info=error)
         if error is not None or active is None:
             self._tell()
             self._loop.call_later(INTERVAL_S, lambda: self._decided(PrimaryEvent.BACKUP_UNKNOWN))
