@@ -88,7 +88,6 @@ class ColoOptions:
     period_s: float | None = DEFAULT_PERIOD_MS / 1000
     heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_MS / 1000
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_MS / 1000
-    compression: bool = True
     verify_every: int = 0
     fence: tuple[str, ...] = ()
     tls: TlsFiles | None = None
