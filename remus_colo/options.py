@@ -166,7 +166,8 @@ def split_command(option: str, command: str | None) -> tuple[str, ...]:
 
 
 def check_hook(option: str, command: tuple[str, ...]) -> None:
-    """Now, not when the other host is silent: a hook that cannot be run tells nothing, and the guest would wait for it for ever.
+    """Now, not when the other host is silent: a hook that cannot be run tells nothing, and the guest would
+    wait for it for ever.
 
     :raise ConfigError: there is no such program here.
     """

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
-# Of the heartbeat time-out, since the backup was last sure to hear us: until then it has not taken over, nor will it before the
-# guard has done its work.
+# Of the heartbeat time-out, since the backup was last sure to hear us: until then it has not taken over, nor
+# will it before the guard has done its work.
 SURE_TIMEOUTS = 0.8
 CLOCK_PROBES = 16
 TUNNEL_PORT = 4789  # VXLAN's (RFC 7348); tunnels of several guests differ by their VNI
@@ -151,7 +151,10 @@ def _protect(
 
 @contextlib.contextmanager
 def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusOptions) -> Iterator[Guard]:
-    """Have a guard, from before anything is done to the guest until all is in order again.  Not after a bug: then it looks, too."""
+    """Have a guard, from before anything is done to the guest until all is in order again.
+
+    After a bug in here the guard is not dismissed: it looks at the guest, too.
+    """
     timeout_s = options.heartbeat_timeout_s
 
     def recover(remains: Remains) -> None:

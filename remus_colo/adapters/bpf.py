@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Classic BPF filters on packet sockets, so that the kernel drops what nobody wants (<linux/filter.h>, <linux/bpf_common.h>)."""
+"""Classic BPF filters on packet sockets, so that the kernel drops what nobody wants (<linux/filter.h>,
+<linux/bpf_common.h>).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libxenguest's save (``xc_domain_save`` of xenguest.h), once or checkpointed, its callbacks as methods of an object."""
+"""libxenguest's save (``xc_domain_save`` of xenguest.h), once or checkpointed, its callbacks as methods of an
+object.
+"""
 
 from __future__ import annotations
 

@@ -325,7 +325,8 @@ class PvmEngine:
     def _hashes(self, copied: int) -> bytes:
         """What the SVM's memory must be equal to: the copies, and where there are none the guest's pages.
 
-        Xen writes to a stopped guest, too (a timer that runs out raises its event in vcpu_info), after a page was copied.
+        Xen writes to a stopped guest, too (a timer that runs out raises its event in vcpu_info), after a page
+        was copied.
         """
         hashes = self.guest.hashes()
         xenctrl.hash_pages(self._buffers.gfns, self._buffers.pages, copied, hashes)

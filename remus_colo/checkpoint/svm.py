@@ -124,7 +124,8 @@ class SvmEngine:
         return bytes(self._dirty)
 
     def _keep_granted(self) -> None:
-        """Keep the pages that a backend may still write to, as a packet that is on its way arrives: the primary will not be told.
+        """Keep the pages that a backend may still write to, as a packet that is on its way arrives: the
+        primary will not be told.
 
         Where the PVM has no buffer in such a page, nor has changed it, the checkpoint lacks it, and what it has to be
         is what it is now.

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""xend-config.sxp: what counts, what is told, what is refused and in which words; and the command line's word over it."""
+"""xend-config.sxp: what counts, what is told, what is refused and in which words; and the command line's word
+over it.
+"""
 
 from __future__ import annotations
 
