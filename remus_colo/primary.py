@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``remus --colo domain host``: check, connect, protect, and report."""
+"""``remus --colo domain host``: check, connect, protect, and report; and what ``remus.py`` does in the same way."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from remus_colo.session.guard import Guard, Remains
 from remus_colo.session.lock import Record, only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.primary import PrimarySession
 
 if TYPE_CHECKING:
     from remus_colo.options import ColoOptions
@@ -138,6 +139,14 @@ def _protect(
 
     session = ColoSession(loop, config, engine, store, make_peer, console.event, rebirth=guard.rebirth)
     console.watch(loop, session)
+    return run_session(loop, session, console)
+
+
+def run_session(loop: Loop, session: PrimarySession, console: Console) -> int:
+    """Run a session until something, or a signal, ends it. Returns the exit status, and closes the loop.
+
+    :raise RemusError: what has ended protection, unless that is that the backup has taken over.
+    """
     try:
         with signals.ending(signals.telling(loop, console.event, session.request_stop)):
             status = session.run()
@@ -147,6 +156,12 @@ def _protect(
     if session.failure is not None and status is not ExitStatus.FENCED:
         raise session.failure
     return int(status)
+
+
+def is_same_host(control: Channel) -> bool:
+    """Whether the backup host is this one, for trying things out."""
+    local, remote = control.addresses
+    return local == remote or ipaddress.ip_address(remote).is_loopback
 
 
 @contextlib.contextmanager
@@ -254,7 +269,7 @@ def _session_config(
     options: ColoOptions, name: str, generation: int, control: Channel, choice: Choice, handles: list[int]
 ) -> ColoConfig:
     local, remote = control.addresses
-    same_host = local == remote or ipaddress.ip_address(remote).is_loopback
+    same_host = is_same_host(control)
     # VNIs have 24 bits (RFC 7348); 16 vifs of one guest follow each other.
     first_vni = generation % (1 << 20) << 4
     tunnels, backup_tunnels = {}, {}
