@@ -6,20 +6,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import shlex
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from remus_colo import options as defaults
 from remus_colo import remus_options
 from remus_colo._version import __version__
+from remus_colo.command import check_root, run_command
 from remus_colo.config import Configuration
 from remus_colo.config import load as load_config
-from remus_colo.errors import ConfigError, ExitStatus, HostError, RemusError
+from remus_colo.errors import ConfigError, ExitStatus, HostError
 from remus_colo.options import (
     CheckpointChoice,
     ColoOptions,
@@ -255,12 +254,6 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
     )
 
 
-def check_root(command: str) -> None:
-    """:raise HostError: we are not root."""
-    if os.geteuid() != 0:
-        raise HostError(f"{command} needs root, for Xen and for the network: run it with sudo")
-
-
 def load(module: str, needs: str) -> Any:
     """A part of the package that only runs where Xen is.
 
@@ -271,31 +264,6 @@ def load(module: str, needs: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise HostError(f"cannot load {error.name or module}: {error}; {needs}") from error
-
-
-def run_command(
-    prog: str, argv: Sequence[str], body: Callable[[Sequence[str]], int], *, verbose: bool
-) -> int:
-    """Runs a command's body, and makes one sentence and an exit status of any error."""
-    try:
-        return int(body(argv))
-    except SystemExit as error:
-        # argparse's --help and --version
-        return error.code if isinstance(error.code, int) else int(ExitStatus.OK)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return int(ExitStatus.INTERRUPTED)
-    except RemusError as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return int(error.exit_status)
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        hint = "" if verbose else "; run it again with --verbose and report this"
-        print(f"{prog}: error: this is a bug: {type(error).__name__}: {error}{hint}", file=sys.stderr)
-        return int(ExitStatus.FAILURE)
 
 
 def _body(argv: Sequence[str]) -> int:
