@@ -27,8 +27,7 @@ from remus_colo.options import (
     count,
     milliseconds,
     parse_limits,
-    split_command,
-    tls_files,
+    protection_arguments,
 )
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import signals
@@ -235,22 +234,12 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
     if given.timer:
         notes.append("--timer is not used with --colo")
     return ColoOptions(
-        domain=given.domain,
-        destination=given.destination,
-        port=given.port,
+        **protection_arguments(given, notes),
         checkpoint=CheckpointChoice(given.checkpoint),
         compare_timeout_s=given.compare_timeout / 1000,
         limits=parse_limits(given.limits),
         period_s=given.period / 1000 or None,
-        heartbeat_interval_s=given.heartbeat_interval / 1000,
-        heartbeat_timeout_s=given.heartbeat_timeout / 1000,
         verify_every=given.verify,
-        fence=split_command("--fence", given.fence),
-        tls=tls_files(given),
-        log=given.log,
-        status_json=given.status_json,
-        verbose=given.verbose,
-        notes=tuple(notes),
     )
 
 

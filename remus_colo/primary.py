@@ -37,8 +37,7 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.primary import PrimarySession
 
 if TYPE_CHECKING:
-    from remus_colo.options import ColoOptions
-    from remus_colo.remus_options import RemusOptions
+    from remus_colo.options import ColoOptions, ProtectionOptions
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +164,7 @@ def is_same_host(control: Channel) -> bool:
 
 
 @contextlib.contextmanager
-def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusOptions) -> Iterator[Guard]:
+def guarded(domid: int, name: str, record: Record, options: ProtectionOptions) -> Iterator[Guard]:
     """Have a guard, from before anything is done to the guest until all is in order again.
 
     After a bug in here the guard is not dismissed: it looks at the guest, too.
@@ -210,7 +209,7 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
         end()
 
 
-def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: str) -> Channel:
+def connect(options: ProtectionOptions, generation: int, channel_name: str) -> Channel:
     """Open one of the two channels and introduce ourselves.
 
     :raise PeerLost, PeerError: nobody is there, or it refused.
