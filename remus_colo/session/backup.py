@@ -99,6 +99,7 @@ class BackupSession(abc.ABC):
             on_stream=self._on_stream,
             clock=clock,
             ask_clock=creation.clock_offset_ns is not None,
+            starting=lambda: BackupState.APPLYING not in self.machine.visited,
         )
         self.clock = clock
         self.event = event

@@ -31,6 +31,9 @@ STUCK_TIMEOUTS = 4.0
 SELF_LIMIT = 0.4
 PROBE_WINDOW = 0.5
 BYE_TIMEOUT_S = 0.2
+# Until there is a replica nothing hangs on how soon a silent host is given up, and making one is the hardest that both hosts
+# have to do: a whole guest is copied, suspended and resumed.
+PATIENCE_AT_START_S = 20.0
 # What a primary may ask for: options.py has no less than a millisecond.
 MIN_INTERVAL_S = 0.001
 MAX_TIMEOUT_S = 86_400.0
@@ -66,6 +69,7 @@ class Peer:
         None where clocks are no concern.
     :param sure: called with each heartbeat for as long as the other host cannot hold us for dead.
     :param patience_s: how long it may be silent, if that is not the heartbeats' time-out.
+    :param starting: whether no replica can be lost yet; the other host may be silent for :data:`PATIENCE_AT_START_S` then.
     :param ask_clock: send a probe with each heartbeat; see :attr:`clocks` for what they tell.
     """
 
@@ -85,6 +89,7 @@ class Peer:
         ask_clock: bool = False,
         sure: Callable[[], None] = lambda: None,
         patience_s: float | None = None,
+        starting: Callable[[], bool] = lambda: False,
     ) -> None:
         self.loop = loop
         self.control = control
@@ -103,6 +108,7 @@ class Peer:
         self._lock = threading.Lock()
         self._ask_clock = ask_clock
         self._sure = sure
+        self._starting = starting
         self.clocks = (
             None
             if clock is None
@@ -237,7 +243,10 @@ class Peer:
         if any(inbox.full for inbox in self._inboxes):
             return False
         with self._lock:
-            return self.monitor.expired(time.monotonic())
+            now_s = time.monotonic()
+            if self._starting() and self.monitor.silence_s(now_s) <= PATIENCE_AT_START_S:
+                return False
+            return self.monitor.expired(now_s)
 
     def in_doubt(self) -> bool:
         """Whether the backup may rightly hold this host for dead."""

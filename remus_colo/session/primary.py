@@ -99,6 +99,7 @@ class PrimarySession(abc.ABC):
             beats=lambda: self.machine.beats,
             clock=engine.clock,
             patience_s=patience_s(config.heartbeat),
+            starting=lambda: self.machine.state is PrimaryState.CREATING,
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path: Path = self._make_path()

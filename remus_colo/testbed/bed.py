@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from remus_colo.testbed import accel, cache, dom0_image, domu_disk, skew, worktree
+from remus_colo.testbed import accel, cache, dom0_image, domu_disk, host_config, skew, worktree
 from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.netns import NETNS_DIR
 from remus_colo.testbed.network import HOSTS, BedNetwork
@@ -104,7 +104,7 @@ class Bed:
                 code = worktree.archive(options.release)
                 for name in HOSTS:
                     self._wait_ready(name)
-                _each_host(lambda name: worktree.install(self.remote(name), code))
+                _each_host(lambda name: _furnish(self.remote(name), code))
                 self._set_skew(options.skew_s)
             except BaseException:
                 self._down()
@@ -147,7 +147,7 @@ class Bed:
             self._host(host).qmp("cont")
             code = worktree.archive(options.release)
             self._wait_ready(host)
-            worktree.install(self.remote(host), code)
+            _furnish(self.remote(host), code)
 
     def sync(self) -> None:
         """Install the work tree's code, as it is now, in the hosts that run."""
@@ -342,6 +342,12 @@ def bed_names(state_root: Path | None = None) -> list[str]:
 def _may_be_a_bed(directory: Path) -> bool:
     """One that crashed at once has left an empty directory."""
     return (directory / RECORD).exists() or not any(directory.iterdir())
+
+
+def _furnish(remote: Remote, code: Path) -> None:
+    """What a host that has booted lacks."""
+    worktree.install(remote, code)
+    host_config.install(remote)
 
 
 def _each_host(action: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.guest_image import ADDRESS, second_guest
 from remus_colo.testbed.guest_image import NAME as GUEST
 from remus_colo.testbed.guest_image import SECOND_NAME as SECOND_GUEST
+from remus_colo.testbed.host_config import HEARTBEAT_TIMEOUT_MS
 from remus_colo.testbed.netns import entered
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.scenario_host import HostState
@@ -30,10 +31,6 @@ from remus_colo.testbed.scenario_run import Run, words
 
 log = logging.getLogger(__name__)
 
-# An emulated host on a shared CPU now and then stands still for more than a second: that is no dead host.
-HEARTBEAT_TIMEOUT_MS = 3000
-# An emulated SVM needs a second to fault its pages in again after each checkpoint: it is slow, not diverged.
-COMPARE_TIMEOUT_MS = 3000
 # A dead host is noticed at the earliest when the heartbeats that came just before its death are this old, so
 # a shorter gap in the replies is no failover.
 FAILOVER_MIN_S = HEARTBEAT_TIMEOUT_MS / 1000 / 2
@@ -145,9 +142,7 @@ class Protection:
         **options: Any,
     ) -> Run:
         """As :meth:`protect`, without waiting."""
-        given: dict[str, Any] = {"heartbeat_timeout": HEARTBEAT_TIMEOUT_MS}
-        if colo:
-            given |= {"colo": True, "compare_timeout": COMPARE_TIMEOUT_MS}
+        given = {"colo": True} if colo else {}
         run = self._start(host, ["remus", *words(given | options), domain, destination])
         self.primary = run
         return run

@@ -14,7 +14,8 @@ from typing import Any
 from remus_colo.errors import ExitStatus
 from remus_colo.testbed import load_report, scenario_figures
 from remus_colo.testbed.guest_image import NAME as GUEST
-from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection
+from remus_colo.testbed.host_config import HEARTBEAT_TIMEOUT_MS
+from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.scenario_load import Result
 
 # How much longer than the heartbeat's time-out a PVM may be silent when its backup dies: it is looked for

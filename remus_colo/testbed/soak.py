@@ -25,7 +25,8 @@ from remus_colo.testbed.arguments import finite, some
 from remus_colo.testbed.bed import DEFAULT_RELEASE, RELEASES, Bed, Options
 from remus_colo.testbed.ending import exit_on_signals, exit_status
 from remus_colo.testbed.errors import BedError
-from remus_colo.testbed.scenario import HEARTBEAT_TIMEOUT_MS, Protection, fresh
+from remus_colo.testbed.host_config import HEARTBEAT_TIMEOUT_MS
+from remus_colo.testbed.scenario import Protection, fresh
 from remus_colo.testbed.scenario_figures import table
 from remus_colo.testbed.scenario_trial import Outcome, Plan
 

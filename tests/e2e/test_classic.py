@@ -16,9 +16,10 @@ import pytest
 
 from remus_colo.errors import ExitStatus
 from remus_colo.testbed import scenario_trial
+from remus_colo.testbed.host_config import HEARTBEAT_TIMEOUT_MS
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.remote_process import RemoteProcess
-from remus_colo.testbed.scenario import GUEST, HEARTBEAT_TIMEOUT_MS, Protection, fresh
+from remus_colo.testbed.scenario import GUEST, Protection, fresh
 from remus_colo.testbed.scenario_trial import Plan
 
 SCRIPT = Path(__file__).parent / "classic_script.py"

@@ -77,7 +77,7 @@ def test_over_tls_while_strangers_knock(configured: Protection) -> None:
     daemon = configured.start_daemon(config=CONFIG)
     ports = [event["port"] for event in daemon.events if event["event"] == "listening"]
     assert ports == [8003], "who asks for TLS means that port alone"
-    run = configured.protect(config=CONFIG, heartbeat_timeout=None, compare_timeout=None)
+    run = configured.protect(config=CONFIG)
 
     load = configured.start_load(15, **LOAD, drain=DRAIN_S)
     # from a host that may connect but says nonsense, and from one that may not

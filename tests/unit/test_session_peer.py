@@ -32,6 +32,7 @@ class Ends:
 
     def __init__(self, timeout_s: float) -> None:
         self.loop = Loop()
+        self.starting = False
         self.received: list[Message] = []
         self.lost: list[Exception] = []
         pairs = [socket.socketpair() for _ in range(2)]
@@ -43,6 +44,7 @@ class Ends:
             on_message=self.received.append,
             on_lost=self.lost.append,
             state=lambda: "protected",
+            starting=lambda: self.starting,
         )
 
     def close(self) -> None:
@@ -113,6 +115,19 @@ def test_a_host_is_not_silent_while_it_is_not_listened_to() -> None:
         both.loop.call(both.loop.stop)  # after what lies there
         both.loop.run()
         await_true(lambda: both.peer.expired(), "a host that has said all, and then is silent, is not lost")
+
+
+def test_a_silent_host_is_given_longer_while_there_is_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ends(timeout_s=0.02) as both:
+        both.starting = True
+        both.peer.monitor.beat(time.monotonic())
+        await_true(lambda: both.peer.silence_s() > 0.02, "no silence")
+        assert not both.peer.expired()
+        both.starting = False
+        assert both.peer.expired()
+        both.starting = True
+        monkeypatch.setattr(peer, "PATIENCE_AT_START_S", 0.03)
+        await_true(lambda: both.peer.expired(), "a host that never says anything is waited for for ever")
 
 
 def test_a_reader_that_waits_ends_with_its_peer() -> None:

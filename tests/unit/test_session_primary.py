@@ -14,6 +14,7 @@ from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
+from remus_colo.session import peer
 
 MODES = (Mode.TRANSPARENT, Mode.COOPERATIVE)
 
@@ -308,7 +309,10 @@ def test_a_backup_that_refuses_says_why() -> None:
         (MessageType.CHECKPOINT_END, ExitStatus.PEER_UNREACHABLE),
     ],
 )
-def test_a_backup_that_falls_silent(silent_from: MessageType, status: ExitStatus) -> None:
+def test_a_backup_that_falls_silent(
+    silent_from: MessageType, status: ExitStatus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peer, "PATIENCE_AT_START_S", 1.5)
     world = World(timeout_s=1.0)  # by which this machine runs now and then, else it is ours that was silent
     world.backup.at[silent_from, 1] = lambda _: None
     assert world.run() is status
