@@ -13,7 +13,7 @@ from typing import Any
 
 from remus_colo import report, service
 from remus_colo.adapters import bindings, kmod, xenctrl, xentime
-from remus_colo.cli import check_root, run_command
+from remus_colo.command import check_root, run_command
 from remus_colo.daemon_options import DaemonOptions, parse
 from remus_colo.errors import ExitStatus
 from remus_colo.options import check_hook

@@ -35,7 +35,9 @@ _PRIORITIES = (
 
 
 class LineFormatter(logging.Formatter):
-    """One line for each record, but for a traceback: what a peer gave as its reason must not look like a line of ours."""
+    """One line for each record, but for a traceback: what a peer gave as its reason must not look like a line
+    of ours.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)

@@ -90,7 +90,7 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
     if kind == "pv":
         raise DomainError(
             f'{name} is a PV guest, and COLO needs hardware virtualization: change it to type="pvh" '
-            "(any Linux since 4.11 boots so), or protect it with classic Remus"
+            "(any Linux since 4.11 boots so), or protect it without --colo"
         )
     if kind == "hvm":
         raise DomainError(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A protection on the backup host without Xen: real session, loop, state machine, channels; SVM and network tell what was done to them.
+"""A protection on the backup host without Xen: real session, loop, state machine, channels; SVM and network
+tell what was done to them.
 
 :class:`World` is the host; its ``primary`` speaks as ``remus`` does, in the test's own thread.
 """

@@ -72,7 +72,6 @@ def test_everything_given() -> None:
         period_s=None,
         heartbeat_interval_s=0.1,
         heartbeat_timeout_s=0.3,
-        compression=False,
         verify_every=5,
         fence=("/sbin/fence", "a b"),
         log=Path("/tmp/x"),

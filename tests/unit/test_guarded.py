@@ -179,7 +179,7 @@ def inside_a_command(body: str) -> str:
         [
             f"import sys; sys.path.insert(0, {str(TREE)!r})",
             *inner,
-            "from remus_colo import cli",
-            "sys.exit(cli.run_command('remus', [], run, verbose=True))",
+            "from remus_colo import command",
+            "sys.exit(command.run_command('remus', [], run, verbose=True))",
         ]
     )

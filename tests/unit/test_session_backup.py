@@ -80,7 +80,9 @@ def test_what_a_killed_remusd_has_left_is_named_and_left_alone() -> None:
 
 
 def test_a_domain_that_has_the_guests_own_name_is_in_the_way() -> None:
-    """The guest as it was before an earlier failover, say, that was started again with its host: with the same addresses."""
+    """The guest as it was before an earlier failover, say, that was started again with its host: with the
+    same addresses.
+    """
     world = World(names={"3": "other", "4": "web"})
     with world.running() as primary:
         reason = primary.expect(MessageType.REFUSE).fields["reason"]
