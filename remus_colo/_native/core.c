@@ -554,7 +554,9 @@ int rc_runstate(uint32_t vcpu, uint64_t *entry_ns, uint64_t *sum_ns)
         xencall_free_buffer(call, info);
         errno = saved;
     }
+    saved = errno;
     xencall_close(call);
+    errno = saved;
     return rc;
 }
 
