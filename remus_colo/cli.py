@@ -234,6 +234,9 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
         notes.append("--interval is not used with --colo: see --period")
     if given.timer:
         notes.append("--timer is not used with --colo")
+    if typed.compression is not None:
+        option = "--compression" if typed.compression else "--no-compression"
+        notes.append(f"{option} is not used with --colo")
     return ColoOptions(
         **protection_arguments(given, notes),
         checkpoint=CheckpointChoice(given.checkpoint),
