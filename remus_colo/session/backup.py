@@ -34,9 +34,11 @@ from remus_colo.session.steps import each
 log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 1.0
-# The primary's clients wait for a checkpoint to be taken: what is part of it has shorter time-outs, but for the kernel's work and xl's.
+# The primary's clients wait for a checkpoint to be taken: what is part of it has shorter time-outs, but for
+# the kernel's work and xl's.
 APPLY_TIMEOUT_S = 120.0
-# Of the heartbeat time-out. A look at the LAN (PROBE_WINDOW) that begins then has ended when the primary counts as lost.
+# Of the heartbeat time-out. A look at the LAN (PROBE_WINDOW) that begins then has ended when the primary
+# counts as lost.
 SUSPECT_AFTER = 0.45
 LATE_AFTER = 2  # heartbeats: one may be held up
 ANNOUNCE_REPEATS = 3  # a switch or a host may miss the first
@@ -226,7 +228,8 @@ class BackupSession(abc.ABC):
     def _run_loop(self) -> None:
         """An error that nobody expected ends the SVM in concert with the primary; a second one, at once.
 
-        Not the guest: if the SVM has become it, it is served on, and in the midst of arbitration the verdict is "unknown".
+        Not the guest: if the SVM has become it, it is served on, and in the midst of arbitration the verdict
+        is "unknown".
         """
         errors = 0
         while True:
@@ -314,7 +317,9 @@ class BackupSession(abc.ABC):
     def _apply_thread(
         self, work: Callable[[], float], done: Callable[[float | None, BaseException | None], None]
     ) -> None:
-        """As :meth:`_svm_thread`, for the load of a checkpoint: one that takes too long has failed, whatever comes of it yet."""
+        """As :meth:`_svm_thread`, for the load of a checkpoint: one that takes too long has failed, whatever
+        comes of it yet.
+        """
         epoch = self._epoch
 
         def late() -> None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""COLO on the backup host: the SVM, which runs beside the PVM, takes its checkpoints, and is the guest when that dies."""
+"""COLO on the backup host: the SVM, which runs beside the PVM, takes its checkpoints, and is the guest when
+that dies.
+"""
 
 from __future__ import annotations
 

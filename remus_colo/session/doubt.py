@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""On the primary: has the backup taken the guest over?  Asked when it is lost, and may rightly hold this host for dead."""
+"""On the primary: has the backup taken the guest over?  Asked when it is lost, and may rightly hold this host
+for dead.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A process that outlives a ``remus`` that is killed, and puts right what that cannot (``recovery.py``).
 
-It does nothing until then: it waits for the other end of a socket to close.  It has copies of the connections to the backup, so
-that there the end looks like silence, and not before the guest runs again.  Then they are closed: the backup looks for the guest
-on the LAN, finds it, and stands down.
+It does nothing until then: it waits for the other end of a socket to close.  It has copies of the connections
+to the backup, so that there the end looks like silence, and not before the guest runs again.  Then they are
+closed: the backup looks for the guest on the LAN, finds it, and stands down.
 
-It resumes no guest that the backup may have taken over.  That it has not is sure for as long as the backup has had a heartbeat
-of late (see SelfMonitor): :meth:`Guard.sure` puts the moment into memory that both processes share.
+It resumes no guest that the backup may have taken over.  That it has not is sure for as long as the backup
+has had a heartbeat of late (see SelfMonitor): :meth:`Guard.sure` puts the moment into memory that both
+processes share.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ TAG = b"tag "
 MESSAGE_BYTES = 256
 CHANNELS = 2
 COMM_BYTES = 15  # of a process's name (proc(5))
-# When we last knew that the backup had not taken over (time.monotonic(), s; 0: there is none yet), and whether the guest is being
-# resumed as if in a new domain.
+# When we last knew that the backup had not taken over (time.monotonic(), s; 0: there is none yet), and
+# whether the guest is being resumed as if in a new domain.
 _SHARED = struct.Struct("=d?")
 
 

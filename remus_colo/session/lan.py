@@ -81,7 +81,8 @@ def _has_carrier(ifname: str) -> bool:
 class LanSide:
     """A vif's LAN, to be asked for the guest.
 
-    :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is at that, its uplink.
+    :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is
+        at that, its uplink.
     :ivar own_mac: the bridge's.
     :ivar guest_addresses: that the guest has been seen to use.
     :ivar client_addresses: of others, whose answers prove that the LAN works.
@@ -128,7 +129,8 @@ class _Probed:
 
 
 def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
-    """Does the guest answer on one of its LANs, from another host?  Then that one is alive, and only the link to it is lost.
+    """Does the guest answer on one of its LANs, from another host?  Then that one is alive, and only the link
+    to it is lost.
 
     All are asked at the same time: each more would else lengthen the outage by a window.
 

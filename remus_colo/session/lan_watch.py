@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """On the primary: has another host taken the guest over?
 
-Such a host announces it by ARP or neighbour discovery, once.  A primary that was frozen then has missed that; so when it is in doubt
-it asks the LAN for the guest's addresses, past its own bridge, where its own copy would answer.
+Such a host announces it by ARP or neighbour discovery, once.  A primary that was frozen then has missed that;
+so when it is in doubt it asks the LAN for the guest's addresses, past its own bridge, where its own copy
+would answer.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a ``remusd`` that was killed has left on the backup host: bridges and tunnels without a session, rules without a guest.
+"""What a ``remusd`` that was killed has left on the backup host: bridges and tunnels without a session, rules
+without a guest.
 
-A session has a name in the kernel for as long as its process lives, by the tag of its links: so those of a session that lives, in
-this ``remusd`` or another, are left alone.  So is the SVM, and whatever it is attached to: if the primary's host is dead, it is all that there
-is of the guest.
+A session has a name in the kernel for as long as its process lives, by the tag of its links: so those of a
+session that lives, in this ``remusd`` or another, are left alone.  So is the SVM, and whatever it is attached
+to: if the primary's host is dead, it is all that there is of the guest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def claim(tag: str) -> socket.socket:
 
     :raise NetworkError: they do already.
     """
-    # An abstract name of unix(7): of the network namespace, as links are, and with nothing that could be left of itself.
+    # An abstract name of unix(7): of the network namespace, as links are, and with nothing that could be left
+    # of itself.
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         sock.bind(f"\0remus_colo/backup-{tag}")

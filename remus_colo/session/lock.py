@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One protection a domain, and the record of what it has made, by which the next one cleans up after one that was killed."""
+"""One protection a domain, and the record of what it has made, by which the next one cleans up after one that
+was killed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ RUN_DIR = Path("/run/remus_colo")
 
 
 class Record:
-    """The locked file: the process that protects, then the tags of its links, a line each; empty when all is in order."""
+    """The locked file: the process that protects, then the tags of its links, a line each; empty when all is
+    in order.
+    """
 
     def __init__(self, file: FileIO) -> None:
         """:param file: without a buffer: what could not be written is not tried again behind our back."""

@@ -62,8 +62,10 @@ class SessionStats:
 
 
 def patience_s(heartbeat: HeartbeatConfig) -> float:
-    """How long a silent backup is given: one heartbeat less than the time-out, so that clients whose answers wait for it wait no
-    longer than that.  The backup need not agree: it looks for the guest on the LAN before it takes over."""
+    """How long a silent backup is given: one heartbeat less than the time-out, so that clients whose answers
+    wait for it wait no longer than that.  The backup need not agree: it looks for the guest on the LAN before
+    it takes over.
+    """
     return max(heartbeat.timeout_s - heartbeat.interval_s, heartbeat.timeout_s / 2)
 
 
@@ -143,7 +145,9 @@ class PrimarySession(abc.ABC):
 
     @abc.abstractmethod
     def _make_path(self) -> Path:
-        """Called while the session is being made, with :attr:`loop`, :attr:`config`, :attr:`engine` and :attr:`store` there."""
+        """Called while the session is being made, with :attr:`loop`, :attr:`config`, :attr:`engine` and
+        :attr:`store` there.
+        """
 
     @abc.abstractmethod
     def _create_svm(self) -> None:
@@ -205,8 +209,8 @@ class PrimarySession(abc.ABC):
         return ExitStatus.UNPROTECTED if PrimaryState.UNPROTECTED in self.machine.visited else ExitStatus.OK
 
     def _run_loop(self) -> None:
-        """An error that nothing is waiting for ends protection as others do, in concert with the backup; a second one, at once.  So does
-        Ctrl-C in the thread of a script that has no handler for it.
+        """An error that nothing is waiting for ends protection as others do, in concert with the backup; a
+        second one, at once.  So does Ctrl-C in the thread of a script that has no handler for it.
 
         :raise BaseException: the first one, if it was a bug's or no error.
         """
@@ -268,7 +272,9 @@ class PrimarySession(abc.ABC):
         self.handle(E.LOCAL_FAILURE, reason=str(error))
 
     def _explained(self, error: RemusError) -> RemusError:
-        """What fails because the guest has lost an interface tells of a plug, or of a file of the backend's, that is not there."""
+        """What fails because the guest has lost an interface tells of a plug, or of a file of the backend's,
+        that is not there.
+        """
         with contextlib.suppress(RemusError):
             for end in self.path.vifs:
                 if not self.path.links.exists(end.vif.ifname):
@@ -320,8 +326,8 @@ class PrimarySession(abc.ABC):
             return
         self._peer_lost = True
         self._peer_failure = self._peer_failure or PeerLost(reason)
-        # A hook at the backup may be switching this host off, however well we feel.  And a look at the LAN does not find a guest
-        # that is cut off from it.
+        # A hook at the backup may be switching this host off, however well we feel.  And a look at the LAN
+        # does not find a guest that is cut off from it.
         doubt = (
             bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict() or self._lan.unplugged()
         )
@@ -433,11 +439,15 @@ class PrimarySession(abc.ABC):
 
     @property
     def _drops_held(self) -> bool:
-        """Whether at the end what is held must not be seen: the guest goes on elsewhere, or nobody knows whether it does."""
+        """Whether at the end what is held must not be seen: the guest goes on elsewhere, or nobody knows
+        whether it does.
+        """
         return A.DROP_HELD in self.machine.ordered or self.machine.state is PrimaryState.ARBITRATING
 
     def _await_rest(self) -> None:
-        """With the peer closed, a copy that is under way breaks off; a guest's suspend has its own time-out: then it is resumed."""
+        """With the peer closed, a copy that is under way breaks off; a guest's suspend has its own time-out:
+        then it is resumed.
+        """
         if not self._guest_at_rest.wait(SUSPEND_TIMEOUT_S + STOP_TIMEOUT_S):
             log.error(
                 "%s was asked to suspend, did not, and may yet: look after it with 'xl list'",
