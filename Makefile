@@ -6,18 +6,21 @@ TESTBED = $(PYTHON) -m remus_colo.testbed
 # The interpreter that has what the tests need; set-up makes one where the machine's has not.
 TEST_PYTHON = "$$($(TESTBED) python)"
 
-# of soak: failovers (or checkpoints), and what dies: primary, backup, mixed, memory for none, or clock for a guest that goes
-# from host to host and back; the hypervisor, and the distance of the hosts' Xen clocks
+# Of soak.  How many failovers, or checkpoints; empty for the default of the kind
 N ?=
+# what dies: primary, backup, mixed; memory: nothing; clock: each host in turn, with a look at the guest's clocks
 KIND ?= primary
-# how it is protected, colo or remus, and what the guest is, pvh or (for remus) pv
+# how the guest is protected: colo or remus
 MODE ?= colo
+# what it is: pvh or, for remus, also pv or hvm
 GUEST ?= pvh
 # transparent, cooperative or auto
 CHECKPOINT ?=
-# of Debian, for the hosts
+# Debian's release in the hosts: debian-13 or debian-12
 RELEASE ?= debian-13
+# the hypervisor: debian, patched or a file
 XEN ?= $(if $(filter clock,$(KIND)),patched,debian)
+# how many seconds backup's Xen time is ahead of primary's
 SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
 FUZZ_SECONDS ?= 600
@@ -27,11 +30,14 @@ FUZZ_SECONDS ?= 600
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
 	@echo 'make test     all tests (about 50 minutes)'
-	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus GUEST=pvh|pv|hvm CHECKPOINT=auto RELEASE=debian-13|debian-12'
-	@echo 'make check-patches  apply and build what is in patches/ (about 10 minutes)'
+	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus'
+	@echo '              GUEST=pvh|pv|hvm CHECKPOINT=auto RELEASE=debian-13|debian-12'
 	@echo 'make bench    what protection costs'
-	@echo 'make bench-compare  what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
-	@echo 'make verdicts  what leaves without a checkpoint, and what checkpoints are made for (10 minutes)'
+	@echo 'make bench-compare'
+	@echo '              what the comparison costs, beside QEMU and a bare packet queue (minutes, no Xen)'
+	@echo 'make verdicts what leaves without a checkpoint, and what checkpoints are made for (10 minutes)'
+	@echo 'make check-patches'
+	@echo '              apply and build what is in patches/ (about 10 minutes)'
 	@echo 'make fuzz     attack the receiving daemon, without Xen: FUZZ_SECONDS=600'
 	@echo 'make lint     ruff: rules and format'
 	@echo 'make clean    remove what was built in this tree'
@@ -58,7 +64,8 @@ check-patches:
 	@$(PYTHON) -m remus_colo.testbed.xen_build
 
 soak: setup
-	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) --mode $(MODE) --guest $(GUEST) $(if $(N),-n $(N)) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --xen $(XEN) --skew $(SKEW) --release $(RELEASE)
+	@$(TEST_PYTHON) -m remus_colo.testbed.soak --kind $(KIND) --mode $(MODE) --guest $(GUEST) $(if $(N),-n $(N)) \
+		$(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) --xen $(XEN) --skew $(SKEW) --release $(RELEASE)
 
 bench: setup
 	@$(TEST_PYTHON) -m remus_colo.testbed.bench

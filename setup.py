@@ -4,8 +4,9 @@
 ``REMUS_COLO_NATIVE`` decides about them: ``auto`` (the default) builds what can be built here, ``required`` fails where
 anything cannot, ``off`` leaves all out.
 
-``remus_colo._native._compare``, the comparator, needs cffi and a C compiler.  ``remus_colo._native._xen`` needs Xen's headers,
-too; without it the package installs anywhere, for its pure parts and their tests, but protects nothing.
+``remus_colo._native._compare``, the comparator, needs cffi and a C compiler.  ``remus_colo._native._xen``
+needs Xen's headers, too; without it the package installs anywhere, for its pure parts and their tests, but
+protects nothing.
 """
 
 from __future__ import annotations

@@ -6,20 +6,19 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
-import os
 import shlex
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from remus_colo import options as defaults
 from remus_colo import remus_options
 from remus_colo._version import __version__
+from remus_colo.command import check_root, run_command
 from remus_colo.config import Configuration
 from remus_colo.config import load as load_config
-from remus_colo.errors import ConfigError, ExitStatus, HostError, RemusError
+from remus_colo.errors import ConfigError, ExitStatus, HostError
 from remus_colo.options import (
     CheckpointChoice,
     ColoOptions,
@@ -28,9 +27,9 @@ from remus_colo.options import (
     count,
     milliseconds,
     parse_limits,
-    split_command,
-    tls_files,
+    protection_arguments,
 )
+from remus_colo.outlet import LogOutlet
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import signals
 
@@ -61,83 +60,82 @@ def build_parser() -> Parser:
         default="localhost",
         help="backup host; this host if not given, for trying things out",
     )
+    _add_classic_options(parser.add_argument_group("options of Remus"))
+    _add_colo_options(parser.add_argument_group("COLO"))
+    _add_failover_options(parser.add_argument_group("failover"))
+    _add_connection_options(parser.add_argument_group("configuration and connection"))
+    _add_output_options(parser.add_argument_group("output"))
+    return parser
 
-    classic = parser.add_argument_group("options of Remus")
-    classic.add_argument(
+
+def _add_classic_options(group: argparse._ArgumentGroup) -> None:
+    """Those that Xen's ``remus`` had, and one more."""
+    group.add_argument(
         "-i",
         "--interval",
         metavar="MS",
         type=milliseconds,
-        help=f"checkpoint every MS milliseconds (default {defaults.DEFAULT_INTERVAL_MS}; without --colo)",
+        help=f"checkpoint every MS milliseconds (default {defaults.DEFAULT_INTERVAL_MS}; not used with --colo)",
     )
-    classic.add_argument(
+    group.add_argument(
         "-p",
         "--port",
         metavar="PORT",
         type=int,
-        help=f"relocation port of the destination (default {defaults.DEFAULT_PORT}, with --ssl {defaults.DEFAULT_SSL_PORT})",
+        help=f"relocation port of the destination (default {defaults.DEFAULT_PORT}, "
+        f"with --ssl {defaults.DEFAULT_SSL_PORT})",
     )
-    classic.add_argument("--blackhole", action="store_true", help="replicate to nowhere (not with --colo)")
-    classic.add_argument("--no-net", action="store_true", help="do not hold network output (not with --colo)")
-    classic.add_argument(
-        "--compression", action=argparse.BooleanOptionalAction, help="compress checkpoints, or do not"
+    group.add_argument("--blackhole", action="store_true", help="replicate to nowhere (not with --colo)")
+    group.add_argument("--no-net", action="store_true", help="do not hold network output (not with --colo)")
+    group.add_argument(
+        "--compression",
+        action=argparse.BooleanOptionalAction,
+        help="compress checkpoints, or do not (not used with --colo)",
     )
-    classic.add_argument(
+    group.add_argument(
         "--timer",
         action="store_true",
         help="pause the guest by a timer at each interval (not used with --colo)",
     )
-    classic.add_argument(
+    group.add_argument(
         "--no-disk",
         action="store_true",
         help="protect a domain whose disks are not replicated, without them (not with --colo)",
     )
 
-    colo = parser.add_argument_group("COLO")
-    colo.add_argument("--colo", action="store_true", help="compare the output of two running copies")
-    colo.add_argument(
+
+def _add_colo_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--colo", action="store_true", help="compare the output of two running copies")
+    group.add_argument(
         "--checkpoint",
         metavar="MODE",
         choices=[str(choice) for choice in CheckpointChoice],
         default=str(CheckpointChoice.AUTO),
         help="transparent, cooperative or auto (default): what the difference of the hosts' clocks allows",
     )
-    colo.add_argument(
+    group.add_argument(
         "--compare-timeout",
         metavar="MS",
         type=milliseconds,
         default=defaults.DEFAULT_COMPARE_TIMEOUT_MS,
         help="checkpoint if a packet's counterpart has not come for MS milliseconds (default %(default)s)",
     )
-    colo.add_argument(
+    group.add_argument(
         "--limits",
         metavar="NAME=N,...",
         default="",
-        help="checkpoint if the comparison holds more than that: held-bytes and held-packets of the primary VM, secondary-bytes of "
-        "the other, flows; idle-flow-ms forgets flows (docs/comparison.rst has the defaults)",
+        help="checkpoint if the comparison holds more than that: held-bytes and held-packets of the primary "
+        "VM, secondary-bytes of the other, flows; idle-flow-ms forgets flows (docs/comparison.rst has the "
+        "defaults)",
     )
-    colo.add_argument(
+    group.add_argument(
         "--period",
         metavar="MS",
         type=milliseconds,
         default=defaults.DEFAULT_PERIOD_MS,
         help="checkpoint every MS milliseconds even if nothing differs (default %(default)s; 0: never)",
     )
-    colo.add_argument(
-        "--heartbeat-interval",
-        metavar="MS",
-        type=milliseconds,
-        default=defaults.DEFAULT_HEARTBEAT_INTERVAL_MS,
-        help="heartbeat every MS milliseconds (default %(default)s)",
-    )
-    colo.add_argument(
-        "--heartbeat-timeout",
-        metavar="MS",
-        type=milliseconds,
-        default=defaults.DEFAULT_HEARTBEAT_TIMEOUT_MS,
-        help="the other host is lost after MS milliseconds of silence (default %(default)s)",
-    )
-    colo.add_argument(
+    group.add_argument(
         "--verify",
         metavar="N",
         type=count,
@@ -145,25 +143,43 @@ def build_parser() -> Parser:
         help="after every Nth checkpoint compare the whole memory of both copies, while the guest waits; "
         "for those who doubt (default: never)",
     )
-    colo.add_argument("--fence", metavar="CMD", help="ask CMD before the guest goes on alone; see below")
 
-    link = parser.add_argument_group("configuration and connection")
-    link.add_argument(
+
+def _add_failover_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--heartbeat-interval",
+        metavar="MS",
+        type=milliseconds,
+        default=defaults.DEFAULT_HEARTBEAT_INTERVAL_MS,
+        help="heartbeat every MS milliseconds (default %(default)s)",
+    )
+    group.add_argument(
+        "--heartbeat-timeout",
+        metavar="MS",
+        type=milliseconds,
+        default=defaults.DEFAULT_HEARTBEAT_TIMEOUT_MS,
+        help="the other host is lost after MS milliseconds of silence (default %(default)s)",
+    )
+    group.add_argument("--fence", metavar="CMD", help="ask CMD before the guest goes on alone; see below")
+
+
+def _add_connection_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--ssl",
         action=argparse.BooleanOptionalAction,
         help="speak TLS with the destination, or do not; heartbeats and checkpoints are covered, the guest's "
         "mirrored packets are not",
     )
-    defaults.add_config_options(link)
+    defaults.add_config_options(group)
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--log", metavar="FILE", type=Path, help="append every event to FILE, as JSON lines")
-    output.add_argument("--status-json", action="store_true", help="show the status as JSON lines")
-    output.add_argument(
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--log", metavar="FILE", type=Path, help="append every event to FILE, as JSON lines")
+    group.add_argument("--status-json", action="store_true", help="show the status as JSON lines")
+    group.add_argument(
         "-v", "--verbose", action="store_true", help="say more, and show where errors come from"
     )
-    output.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    return parser
+    group.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
 def from_file(config: Configuration) -> dict[str, Any]:
@@ -218,31 +234,17 @@ def parse(argv: Sequence[str]) -> ColoOptions | RemusOptions:
         notes.append("--interval is not used with --colo: see --period")
     if given.timer:
         notes.append("--timer is not used with --colo")
+    if typed.compression is not None:
+        option = "--compression" if typed.compression else "--no-compression"
+        notes.append(f"{option} is not used with --colo")
     return ColoOptions(
-        domain=given.domain,
-        destination=given.destination,
-        port=given.port,
+        **protection_arguments(given, notes),
         checkpoint=CheckpointChoice(given.checkpoint),
         compare_timeout_s=given.compare_timeout / 1000,
         limits=parse_limits(given.limits),
         period_s=given.period / 1000 or None,
-        heartbeat_interval_s=given.heartbeat_interval / 1000,
-        heartbeat_timeout_s=given.heartbeat_timeout / 1000,
-        compression=given.compression,
         verify_every=given.verify,
-        fence=split_command("--fence", given.fence),
-        tls=tls_files(given),
-        log=given.log,
-        status_json=given.status_json,
-        verbose=given.verbose,
-        notes=tuple(notes),
     )
-
-
-def check_root(command: str) -> None:
-    """:raise HostError: we are not root."""
-    if os.geteuid() != 0:
-        raise HostError(f"{command} needs root, for Xen and for the network: run it with sudo")
 
 
 def load(module: str, needs: str) -> Any:
@@ -257,34 +259,10 @@ def load(module: str, needs: str) -> Any:
         raise HostError(f"cannot load {error.name or module}: {error}; {needs}") from error
 
 
-def run_command(
-    prog: str, argv: Sequence[str], body: Callable[[Sequence[str]], int], *, verbose: bool
-) -> int:
-    """Runs a command's body, and makes one sentence and an exit status of any error."""
-    try:
-        return int(body(argv))
-    except SystemExit as error:
-        # argparse's --help and --version
-        return error.code if isinstance(error.code, int) else int(ExitStatus.OK)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return int(ExitStatus.INTERRUPTED)
-    except RemusError as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return int(error.exit_status)
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        hint = "" if verbose else "; run it again with --verbose and report this"
-        print(f"{prog}: error: this is a bug: {type(error).__name__}: {error}{hint}", file=sys.stderr)
-        return int(ExitStatus.FAILURE)
-
-
 def _body(argv: Sequence[str]) -> int:
     options = parse(argv)
     logging.basicConfig(
+        handlers=[LogOutlet(sys.stderr)],
         level=logging.DEBUG if options.verbose else logging.WARNING,
         format="remus: %(message)s"
         if not options.verbose

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading ``/etc/xen/xend-config.sxp``: docs/configuration.rst.
 
-The file is a sequence of lists ``(key value)``.  As for xend, the first of several with one key counts, and of several
-values the first; keys that nobody knows are accepted.  Unlike xend, we tell of each such case, and refuse what cannot be meant.
+The file is a sequence of lists ``(key value)``.  As for xend, the first of several with one key counts, and
+of several values the first; keys that nobody knows are accepted.  Unlike xend, we tell of each such case, and
+refuse what cannot be meant.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ def default_path() -> Path:
 def load(path: Path | None = None) -> Configuration:
     """Read a file.
 
-    :param path: that must be there; None: the one that xend would have read, if there is one, or the one that XEND_CONFIG names.
-    :raise ConfigError: it cannot be read, is no sequence of S-expressions, or has a value that is not allowed.
+    :param path: that must be there; None: the one that xend would have read, if there is one, or the one that
+        XEND_CONFIG names.
+    :raise ConfigError: it cannot be read, is no sequence of S-expressions, or has a value that is not
+        allowed.
     """
     source = default_path() if path is None else path
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from remus_colo import report, service
 from remus_colo.adapters import bindings, kmod, xenctrl, xentime
-from remus_colo.cli import check_root, run_command
+from remus_colo.command import check_root, run_command
 from remus_colo.daemon_options import DaemonOptions, parse
 from remus_colo.errors import ExitStatus
 from remus_colo.options import check_hook
@@ -23,7 +23,7 @@ from remus_colo.relocation.handshake import COLO, RECEIVE, SSL_RECEIVE
 from remus_colo.relocation.pairing import Pairing
 from remus_colo.relocation.server import Server
 from remus_colo.relocation.wire import Message
-from remus_colo.session import signals
+from remus_colo.session import leftovers, signals
 from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.colo_backup import ColoBackupSession
 from remus_colo.session.creation import Creation, RemusCreation
@@ -165,13 +165,13 @@ def _body(argv: Sequence[str]) -> int:
     for note in options.notes:
         log.warning("%s", note)
     background = None if options.foreground else service.Background()
-    with service.pid_file(options.pid_file):
-        daemon = Daemon(options)
-        with signals.ending(lambda _: daemon.stop()):
-            if background is not None:
-                background.ready()
-            service.notify("READY=1")
-            daemon.run()
+    leftovers.clean_up()
+    daemon = Daemon(options)  # first, as it fails if one runs already, whose the file is
+    with service.pid_file(options.pid_file), signals.ending(lambda _: daemon.stop()):
+        if background is not None:
+            background.ready()
+        service.notify("READY=1")
+        daemon.run()
     return int(ExitStatus.OK)
 
 

@@ -28,10 +28,11 @@ _INTERFACE_NAME = re.compile(r"(?!\.{1,2}$)[^\s/:]{1,15}")
 _LEVELS = {"TRACE": "DEBUG", "WARN": "WARNING", "FATAL": "CRITICAL"}
 
 DESCRIPTION = """\
-Waits on the relocation port for hosts that protect a domain with "remus --colo
-domain this-host", runs the second copy of the guest, and takes over when the
-other host dies. Whoever may connect can start domains here: limit the port to
-the replication link with --address, and to known hosts with --hosts-allow."""
+Waits on the relocation port for hosts that protect a domain with "remus domain
+this-host", and takes over when such a host dies. Until then it keeps the guest's
+last checkpoint or, with --colo, runs a second copy of the guest. Whoever may
+connect can start domains here: limit the port to the replication link with
+--address, and to known hosts with --hosts-allow."""
 
 STOPPING = """\
 when it is told to end (SIGTERM, or Ctrl-C with --foreground):

@@ -13,7 +13,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from remus_colo.errors import ConfigError, ExitStatus
 
@@ -67,13 +67,10 @@ class TlsFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class ColoOptions:
-    """What ``remus --colo`` is to do. Times are in seconds.
+class ProtectionOptions:
+    """What ``remus`` is to do, with COLO or without. Times are in seconds.
 
-    :param domain: name or domid.
-    :param limits: (name of :data:`LIMITS`, number) for each that is not the default.
-    :param period_s: a checkpoint at least so often; None: only when outputs differ.
-    :param verify_every: compare both VMs' memory after each so many checkpoints, 0 for never.
+    :param domain: name, domid or UUID.
     :param fence: the hook's command line, empty for none.
     :param tls: None: the connections are plain.
     :param notes: what the user should be told about the options given.
@@ -82,14 +79,8 @@ class ColoOptions:
     domain: str
     destination: str = "localhost"
     port: int = DEFAULT_PORT
-    checkpoint: CheckpointChoice = CheckpointChoice.AUTO
-    compare_timeout_s: float = DEFAULT_COMPARE_TIMEOUT_MS / 1000
-    limits: tuple[tuple[str, int], ...] = ()
-    period_s: float | None = DEFAULT_PERIOD_MS / 1000
     heartbeat_interval_s: float = DEFAULT_HEARTBEAT_INTERVAL_MS / 1000
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_MS / 1000
-    compression: bool = True
-    verify_every: int = 0
     fence: tuple[str, ...] = ()
     tls: TlsFiles | None = None
     log: Path | None = None
@@ -102,6 +93,25 @@ class ColoOptions:
         check_word("the destination", self.destination)
         check_port(self.port)
         check_heartbeat(self.heartbeat_interval_s, self.heartbeat_timeout_s)
+
+
+@dataclass(frozen=True, slots=True)
+class ColoOptions(ProtectionOptions):
+    """What ``remus --colo`` is to do.
+
+    :param limits: (name of :data:`LIMITS`, number) for each that is not the default.
+    :param period_s: a checkpoint at least so often; None: only when outputs differ.
+    :param verify_every: compare both VMs' memory after each so many checkpoints, 0 for never.
+    """
+
+    checkpoint: CheckpointChoice = CheckpointChoice.AUTO
+    compare_timeout_s: float = DEFAULT_COMPARE_TIMEOUT_MS / 1000
+    limits: tuple[tuple[str, int], ...] = ()
+    period_s: float | None = DEFAULT_PERIOD_MS / 1000
+    verify_every: int = 0
+
+    def __post_init__(self) -> None:
+        ProtectionOptions.__post_init__(self)  # slots make a new class, which super() does not know
         if not self.compare_timeout_s > 0:
             raise ConfigError("--compare-timeout must be at least 1 ms")
         if self.period_s is not None and not self.period_s > 0:
@@ -167,7 +177,8 @@ def split_command(option: str, command: str | None) -> tuple[str, ...]:
 
 
 def check_hook(option: str, command: tuple[str, ...]) -> None:
-    """Now, not when the other host is silent: a hook that cannot be run tells nothing, and the guest would wait for it for ever.
+    """Now, not when the other host is silent: a hook that cannot be run tells nothing, and the guest would
+    wait for it for ever.
 
     :raise ConfigError: there is no such program here.
     """
@@ -224,6 +235,26 @@ def count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative")
     return value
+
+
+def protection_arguments(given: argparse.Namespace, notes: list[str]) -> dict[str, Any]:
+    """A command line's :class:`ProtectionOptions`, by name.
+
+    :raise ConfigError: the hook cannot be split into words.
+    """
+    return {
+        "domain": given.domain,
+        "destination": given.destination,
+        "port": given.port,
+        "heartbeat_interval_s": given.heartbeat_interval / 1000,
+        "heartbeat_timeout_s": given.heartbeat_timeout / 1000,
+        "fence": split_command("--fence", given.fence),
+        "tls": tls_files(given),
+        "log": given.log,
+        "status_json": given.status_json,
+        "verbose": given.verbose,
+        "notes": tuple(notes),
+    }
 
 
 def tls_files(given: argparse.Namespace) -> TlsFiles | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``remus --colo domain host``: check, connect, protect, and report."""
+"""``remus --colo domain host``: check, connect, protect, and report; and what ``remus.py`` does in the same way."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remus_colo import report
 from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_copy, refuse_guest
+from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest, refuse_name
 from remus_colo.checkpoint.mode import Choice, choose
 from remus_colo.checkpoint.pvm import PvmEngine
 from remus_colo.errors import ExitStatus, PeerError, RemusError
@@ -34,16 +35,16 @@ from remus_colo.session.guard import Guard, Remains
 from remus_colo.session.lock import Record, only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.primary import PrimarySession
 
 if TYPE_CHECKING:
-    from remus_colo.options import ColoOptions
-    from remus_colo.remus_options import RemusOptions
+    from remus_colo.options import ColoOptions, ProtectionOptions
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 10.0
-# Of the heartbeat time-out, since the backup was last sure to hear us: until then it has not taken over, nor will it before the
-# guard has done its work.
+# Of the heartbeat time-out, since the backup was last sure to hear us: until then it has not taken over, nor
+# will it before the guard has done its work.
 SURE_TIMEOUTS = 0.8
 CLOCK_PROBES = 16
 TUNNEL_PORT = 4789  # VXLAN's (RFC 7348); tunnels of several guests differ by their VNI
@@ -63,7 +64,7 @@ def run(options: ColoOptions) -> int:
     """
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
-    refuse_copy(name)
+    refuse_name(name, domid)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(only_one(domid, name))
         guard = stack.enter_context(guarded(domid, name, record, options))
@@ -138,6 +139,14 @@ def _protect(
 
     session = ColoSession(loop, config, engine, store, make_peer, console.event, rebirth=guard.rebirth)
     console.watch(loop, session)
+    return run_session(loop, session, console)
+
+
+def run_session(loop: Loop, session: PrimarySession, console: Console) -> int:
+    """Run a session until something, or a signal, ends it. Returns the exit status, and closes the loop.
+
+    :raise RemusError: what has ended protection, unless that is that the backup has taken over.
+    """
     try:
         with signals.ending(signals.telling(loop, console.event, session.request_stop)):
             status = session.run()
@@ -149,14 +158,23 @@ def _protect(
     return int(status)
 
 
+def is_same_host(control: Channel) -> bool:
+    """Whether the backup host is this one, for trying things out."""
+    local, remote = control.addresses
+    return local == remote or ipaddress.ip_address(remote).is_loopback
+
+
 @contextlib.contextmanager
-def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusOptions) -> Iterator[Guard]:
-    """Have a guard, from before anything is done to the guest until all is in order again.  Not after a bug: then it looks, too."""
+def guarded(domid: int, name: str, record: Record, options: ProtectionOptions) -> Iterator[Guard]:
+    """Have a guard, from before anything is done to the guest until all is in order again.
+
+    After a bug in here the guard is not dismissed: it looks at the guest, too.
+    """
     timeout_s = options.heartbeat_timeout_s
 
     def recover(remains: Remains) -> None:
         """In the guard."""
-        events = report.EventLog(options.log)
+        events = _event_log(options.log)
         # A guest is reborn before the first checkpoint, without which the backup does not take over.
         doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS and not remains.reborn
         stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
@@ -192,7 +210,16 @@ def guarded(domid: int, name: str, record: Record, options: ColoOptions | RemusO
         end()
 
 
-def connect(options: ColoOptions | RemusOptions, generation: int, channel_name: str) -> Channel:
+def _event_log(path: Path | None) -> report.EventLog:
+    """One that cannot be opened any more, as on a disk that has failed, keeps no guest from being let run."""
+    try:
+        return report.EventLog(path)
+    except RemusError as error:
+        log.warning("%s", error)
+        return report.EventLog(None)
+
+
+def connect(options: ProtectionOptions, generation: int, channel_name: str) -> Channel:
     """Open one of the two channels and introduce ourselves.
 
     :raise PeerLost, PeerError: nobody is there, or it refused.
@@ -251,7 +278,7 @@ def _session_config(
     options: ColoOptions, name: str, generation: int, control: Channel, choice: Choice, handles: list[int]
 ) -> ColoConfig:
     local, remote = control.addresses
-    same_host = local == remote or ipaddress.ip_address(remote).is_loopback
+    same_host = is_same_host(control)
     # VNIs have 24 bits (RFC 7348); 16 vifs of one guest follow each other.
     first_vni = generation % (1 << 20) << 4
     tunnels, backup_tunnels = {}, {}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from remus_colo.adapters import toolstack
-from remus_colo.cli import check_root, run_command
+from remus_colo.command import check_root, run_command
 from remus_colo.errors import ExitStatus
 from remus_colo.session import recovery
 from remus_colo.session.lock import only_one

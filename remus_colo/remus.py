@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import secrets
 from typing import Any
@@ -13,14 +12,14 @@ from remus_colo.adapters import kmod, toolstack
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
-from remus_colo.checkpoint.guestinfo import domain_kind, refuse_copy, refuse_for_remus, refuse_stopped
+from remus_colo.checkpoint.guestinfo import domain_kind, refuse_for_remus, refuse_name, refuse_stopped
 from remus_colo.checkpoint.periodic import RoundTimes
 from remus_colo.devices import netbuffer
 from remus_colo.devices.device import CheckpointedDevice, DeviceSet
 from remus_colo.devices.disk import replicated_disks
 from remus_colo.devices.netbuffer import BufferedVif
 from remus_colo.errors import ExitStatus
-from remus_colo.primary import connect, guarded
+from remus_colo.primary import connect, guarded, is_same_host, run_session
 from remus_colo.relocation.channel import Channel
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import signals
@@ -43,7 +42,7 @@ def run(options: RemusOptions) -> int:
     """
     domid = toolstack.find_domain(options.domain)
     name = toolstack.domain_name(domid)
-    refuse_copy(name)
+    refuse_name(name, domid)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(only_one(domid, name))
         guard = stack.enter_context(guarded(domid, name, record, options))
@@ -108,29 +107,20 @@ def _protect(
     def make_peer(loop: Loop, heartbeat: HeartbeatConfig, **callbacks: Any) -> Peer:
         return Peer(loop, control, data, heartbeat, sure=guard.sure, **callbacks)
 
-    local, remote = control.addresses
     config = RemusConfig(
         name=name,
         heartbeat=HeartbeatConfig(options.heartbeat_interval_s, options.heartbeat_timeout_s),
         interval_s=options.interval_s,
         timer=options.timer,
         compression=options.compression,
-        same_host=local == remote or ipaddress.ip_address(remote).is_loopback,
+        same_host=is_same_host(control),
         destination=options.destination,
         fence=options.fence,
     )
     session = RemusSession(loop, config, engine, store, make_peer, console.event, devices, points.reached)
     console.watch(loop, session)
     points.listen(loop)
-    try:
-        with signals.ending(signals.telling(loop, console.event, session.request_stop)):
-            status = session.run()
-    finally:
-        loop.close()
-    console.event("ended", status=int(status), meaning=status.name.lower())
-    if session.failure is not None and status is not ExitStatus.FENCED:
-        raise session.failure
-    return int(status)
+    return run_session(loop, session, console)
 
 
 def _run_blackhole(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a running protection tells: every event into a log of JSON lines, and one status line for people.
 
-Reporting never disturbs what it reports on: once a log is open, a full disk or a closed terminal costs lines,
+Reporting never disturbs what it reports on: once a log is open, a full disk, or a terminal that is closed or stopped, costs lines,
 not protection.
 """
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from remus_colo.errors import ConfigError
+from remus_colo.outlet import Outlet
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ class EventLog:
         if path is None:
             return
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            # A pipe that nobody reads must keep nobody waiting either; for files O_NONBLOCK means nothing.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self._fd = os.open(path, flags, 0o640)
         except OSError as error:
             raise ConfigError(f"cannot write the log file {path}: {error.strerror}") from error
 
@@ -226,22 +229,8 @@ class Status(Protocol):
         """Idempotent; leaves a terminal at the beginning of a line."""
 
 
-class _Stream:
-    """A stream that, once broken, is left alone."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream: TextIO | None = stream
-
-    def write(self, text: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            # the terminal was closed, or the reader of a pipe has gone
-            self._stream = None
-            log.warning("the status can no longer be shown: %s", error)
+def _outlet(stream: TextIO) -> Outlet:
+    return Outlet(stream, lambda error: log.warning("the status can no longer be shown: %s", error))
 
 
 class TerminalStatus:
@@ -254,7 +243,7 @@ class TerminalStatus:
         interval_s: float = TERMINAL_INTERVAL_S,
         width: Callable[[], int] | None = None,
     ) -> None:
-        self._stream = _Stream(stream)
+        self._stream = _outlet(stream)
         self._interval_s = interval_s
         self._width = width or (lambda: shutil.get_terminal_size((DEFAULT_WIDTH, 24)).columns)
         self._next_s = -math.inf
@@ -262,7 +251,7 @@ class TerminalStatus:
         self._line = ""
 
     def update(self, stats: Stats, now_s: float) -> None:
-        if now_s < self._next_s and stats.state == self._state:
+        if (now_s < self._next_s and stats.state == self._state) or self._stream.busy:
             return
         self._next_s = now_s + self._interval_s
         self._state = stats.state
@@ -285,19 +274,20 @@ class TerminalStatus:
         if self._line:
             self._stream.write("\n")
             self._line = ""
+        self._stream.flush()
 
 
 class PlainStatus:
     """Whole lines now and then, and at each change of state: for a file, a pipe or a journal."""
 
     def __init__(self, stream: TextIO, *, interval_s: float = PLAIN_INTERVAL_S) -> None:
-        self._stream = _Stream(stream)
+        self._stream = _outlet(stream)
         self._interval_s = interval_s
         self._next_s = -math.inf
         self._state: str | None = None
 
     def update(self, stats: Stats, now_s: float) -> None:
-        if now_s < self._next_s and stats.state == self._state:
+        if (now_s < self._next_s and stats.state == self._state) or self._stream.busy:
             return
         self._next_s = now_s + self._interval_s
         self._state = stats.state
@@ -310,7 +300,7 @@ class PlainStatus:
         self._stream.write(text + "\n")
 
     def close(self) -> None:
-        pass
+        self._stream.flush()
 
 
 class JsonStatus(PlainStatus):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from remus_colo.errors import ConfigError, ExitStatus
+from remus_colo.outlet import LogOutlet
 
 # as xend's (XendLogging.py)
 LOG_FILE_BYTES = 1024 * 1024
@@ -34,7 +35,9 @@ _PRIORITIES = (
 
 
 class LineFormatter(logging.Formatter):
-    """One line for each record, but for a traceback: what a peer gave as its reason must not look like a line of ours."""
+    """One line for each record, but for a traceback: what a peer gave as its reason must not look like a line
+    of ours.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
@@ -68,7 +71,7 @@ def set_up_logging(level: int, log_file: Path | None = None) -> None:
 
     :raise ConfigError: the file cannot be written.
     """
-    stream = logging.StreamHandler()
+    stream = LogOutlet(sys.stderr)
     if is_journal(sys.stderr.fileno(), os.environ.get("JOURNAL_STREAM")):
         stream.setFormatter(JournalFormatter("%(name)s: %(message)s"))
     else:
@@ -152,7 +155,7 @@ class Background:
         """The service is ready. What it says from now on goes to its log files, or to syslog if it has none."""
         root = logging.getLogger()
         for handler in list(root.handlers):
-            if type(handler) is logging.StreamHandler:
+            if isinstance(handler, LogOutlet):
                 root.removeHandler(handler)
         if not root.handlers and os.path.exists(SYSLOG):
             syslog = logging.handlers.SysLogHandler(SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writing S-expressions as xend did, and the octets that texts in them stand for: the other half of :mod:`remus_colo.sxp`."""
+"""Writing S-expressions as xend did, and the octets that texts in them stand for: the other half of
+:mod:`remus_colo.sxp`.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def _write(
     of_list: Callable[[Sxpr], tuple[str, Sequence[Sxpr], str]],
     of_atom: Callable[[Sxpr], str],
 ) -> None:
-    """Write a tree: what is before, in and behind a list, with blanks between. Any depth: scripts make what they like."""
+    """Write a tree: what is before, in and behind a list, with blanks between. Any depth: scripts make what
+    they like.
+    """
     waiting: list[tuple[bool, Sxpr]] = [(False, sxpr)]  # text to be written as it is, or an expression
     while waiting:
         is_text, item = waiting.pop()

@@ -18,7 +18,7 @@
 #include <xen/vcpu.h>
 #include <xen/xen.h>
 
-/* Grant references 0-7 are the toolstack's: console and xenstore (public/grant_table.h). */
+/* How many gfns of a chunk are tried to find out whether it holds RAM: see probe_chunks(). */
 #define PROBES_PER_CHUNK 8u
 /* The last MiBs below 4 GiB hold the special pages of HVM and PVH guests, too few for probes to find. */
 #define SPECIAL_FIRST_GFN 0xfe000u
@@ -554,7 +554,9 @@ int rc_runstate(uint32_t vcpu, uint64_t *entry_ns, uint64_t *sum_ns)
         xencall_free_buffer(call, info);
         errno = saved;
     }
+    saved = errno;
     xencall_close(call);
+    errno = saved;
     return rc;
 }
 

@@ -93,6 +93,11 @@ def vifs(store: Store, domid: int) -> list[Vif]:
     return sorted(found, key=lambda vif: vif.handle)
 
 
+def interfaces(domid: int) -> set[str]:
+    """Names of all network interfaces in this domain 0 that a domain's frames come through, the taps of a device model among them."""
+    return {name for name in os.listdir("/sys/class/net") if name.startswith(f"vif{domid}.")}
+
+
 def frontend_state(store: Store, vif: Vif) -> XenbusState:
     return XenbusState(int(store.read(f"{vif.frontend}/state") or 0))
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Classic BPF filters on packet sockets, so that the kernel drops what nobody wants (<linux/filter.h>, <linux/bpf_common.h>)."""
+"""Classic BPF filters on packet sockets, so that the kernel drops what nobody wants (<linux/filter.h>,
+<linux/bpf_common.h>).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 Instruction = tuple[int, int, int, int]
 """Code, jump if true, jump if false, operand.  Jumps are relative to the next instruction."""
 
+# Codes: BPF_LD | BPF_ABS with a size, BPF_JMP | BPF_JEQ, BPF_RET.
 _LOAD_WORD = 0x20
 _LOAD_HALF = 0x28
 _LOAD_BYTE = 0x30
@@ -23,7 +26,7 @@ _IPV6_NEXT_HEADER = 14 + 6
 _ETHERTYPE_IPV4, _ETHERTYPE_ARP, _ETHERTYPE_IPV6 = 0x0800, 0x0806, 0x86DD
 # SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT: the kernel takes a tag out of the frame before a filter sees it.
 _TAGGED = 0xFFFFF000 + 48
-_SO_ATTACH_FILTER = 26
+_SO_ATTACH_FILTER = 26  # <asm-generic/socket.h>
 
 _WHOLE_FRAME = (_RETURN, 0, 0, 0xFFFFFFFF)
 _NOTHING = (_RETURN, 0, 0, 0)

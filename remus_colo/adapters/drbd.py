@@ -25,7 +25,15 @@ def _run(*command: str) -> str:
             f"the {command[0]} command was not found: install drbd-utils, or detach the DRBD disk"
         )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for us alone
+        )
     except subprocess.TimeoutExpired as error:
         raise HostError(f"{' '.join(command)} did not end within {TIMEOUT_S:g} s") from error
     if done.returncode:

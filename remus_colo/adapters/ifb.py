@@ -33,8 +33,8 @@ def create(links: Links, name: str) -> None:
 def redirect_input(links: Links, source: str, target: str) -> None:
     """Have what comes in over ``source`` pass through the ifb ``target`` first; replaces one that is there.
 
-    But for ARP and neighbour discovery, which tell nothing of a guest but its addresses: an answer that comes later than 3 s means to
-    who has asked that the guest is gone.
+    But for ARP and neighbour discovery, which tell nothing of a guest but its addresses: an answer that comes
+    later than 3 s means to who has asked that the guest is gone.
     """
     index, target_index = links.ifindex(source), links.ifindex(target)
     tc.remove_filter(links.ipr, source, index, tc.INGRESS)

@@ -53,6 +53,7 @@ def load(module: str, purpose: str) -> None:
             text=True,
             timeout=_MODPROBE_TIMEOUT_S,
             check=False,
+            start_new_session=True,  # Ctrl-C is for us alone
         )
     except subprocess.TimeoutExpired as exc:
         raise missing(module, purpose, f"modprobe did not end within {_MODPROBE_TIMEOUT_S} s") from exc

@@ -33,7 +33,7 @@ __all__ = ["IFNAMSIZ", "LinkStats", "Links", "Plug", "PlugStats"]
 
 IFNAMSIZ = 16  # <linux/if.h>, the final zero byte included
 _IFF_UP = 0x1  # <linux/if.h>
-_IFF_NOARP = 0x80
+_IFF_NOARP = 0x80  # <linux/if.h>
 _RTMGRP_LINK = 1  # <linux/rtnetlink.h>
 _BR_STATE_FORWARDING = 3  # <linux/if_bridge.h>
 _CARRIER_ALIAS = "remus_colo carrier of "

@@ -176,6 +176,7 @@ def _nft(script: str, *options: str) -> str:
             text=True,
             timeout=_COMMAND_TIMEOUT_S,
             check=False,
+            start_new_session=True,  # Ctrl-C is for us alone
         )
     except subprocess.TimeoutExpired as exc:
         raise HostError(f"nft did not end within {_COMMAND_TIMEOUT_S} s") from exc

@@ -8,8 +8,8 @@
 
 ``REMUS_COLO_QUEUE`` in the environment chooses.  Both pass the same tests.
 
-Packets are taken whole, as the kernel has them (NFQA_CFG_F_GSO): a bulk TCP transfer comes in packets of up to 64 kB, not
-split to the MTU.  There is no choice: for the bridge family the kernel's own splitting in
+Packets are taken whole, as the kernel has them (NFQA_CFG_F_GSO): a bulk TCP transfer comes in packets of up
+to 64 kB, not split to the MTU.  There is no choice: for the bridge family the kernel's own splitting in
 net/netfilter/nfnetlink_queue.c loses the Ethernet header (``nf_bridge_adjust_skb_data`` saves it for
 br_netfilter's packets alone), so each segment would go to a random address.
 

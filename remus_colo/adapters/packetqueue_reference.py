@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _MAX_PAYLOAD_BYTES = 0xFFFF - 4  # NFQNL_MAX_COPY_RANGE: nla_len has 16 bits, 4 of its bytes are the header
 _MAX_MESSAGE_BYTES = _MAX_PAYLOAD_BYTES + 4096  # the other attributes take some hundred bytes
 _NETLINK_NETFILTER = 12
-_SO_RCVBUFFORCE = 33
+_SO_RCVBUFFORCE = 33  # <asm-generic/socket.h>
 _NLMSG_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
 _NLMSG_ERROR = 2
 _NLM_F_REQUEST = 0x01

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Queue rules by way of iptables, for kernels without nft_queue: br_netfilter, physdev and NFQUEUE.
 
-br_netfilter passes a bridge's IPv4 and IPv6 packets, with up to one VLAN tag, through the hooks of those families; other
-packets, ARP among them, are not held.  Used by :mod:`remus_colo.adapters.nft` alone.
+br_netfilter passes a bridge's IPv4 and IPv6 packets, with up to one VLAN tag, through the hooks of those
+families; other packets, ARP among them, are not held.  Used by :mod:`remus_colo.adapters.nft` alone.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def _run(tool: str, *arguments: str) -> str:
             text=True,
             timeout=2 * _COMMAND_TIMEOUT_S,
             check=False,
+            start_new_session=True,  # Ctrl-C is for us alone
         )
     except subprocess.TimeoutExpired as exc:
         raise HostError(f"{tool} did not end within {2 * _COMMAND_TIMEOUT_S} s") from exc

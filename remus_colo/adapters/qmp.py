@@ -52,7 +52,9 @@ class Qmp:
         return self.execute_with(command, arguments)
 
     def execute_with(self, command: str, arguments: dict[str, Any], fd: int | None = None) -> Any:
-        """As :meth:`execute`, for arguments whose names are no words of Python's, and with a file descriptor to go along."""
+        """As :meth:`execute`, for arguments whose names are no words of Python's, and with a file descriptor
+        to go along.
+        """
         self._deadline_s = time.monotonic() + self._timeout_s
         request = json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n"
         self._arm()

@@ -26,7 +26,7 @@ _PACKET_IGNORE_OUTGOING = 23
 _PACKET_OUTGOING = 4
 _TP_STATUS_CSUMNOTREADY = 8  # in the first word of struct tpacket_auxdata
 _ABOUT_BYTES = socket.CMSG_SPACE(20)
-_SO_RCVBUFFORCE = 33
+_SO_RCVBUFFORCE = 33  # <asm-generic/socket.h>
 
 
 class LinkGone(NetworkError):

@@ -19,8 +19,8 @@ class RewritingTurns:
 
     :param rewriter: its ``struct rewriter *``, which must live as long as this is used.
     :param from_guest: the queue holds what the guest sends; otherwise what goes to it.
-    :param look: called with payload (its first 128 bytes) and ethertype of packets to learn addresses from: ARP, ICMPv6, and the
-        first packet of each source in a second.
+    :param look: called with payload (its first 128 bytes) and ethertype of packets to learn addresses from:
+        ARP, ICMPv6, and the first packet of each source in a second.
     :param held: called when the rewriter has packets to be taken that it had held.
     """
 

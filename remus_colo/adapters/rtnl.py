@@ -52,8 +52,8 @@ def tolerating(*errnos: int) -> Iterator[None]:
 class Requests:
     """Sends requests that are encoded already.
 
-    pyroute2 takes 0.3 ms to encode a request and 5 ms under emulation; this takes a hundredth.  For what happens while the
-    guest is paused.
+    pyroute2 takes 0.3 ms to encode a request and 5 ms under emulation; this takes a hundredth.  For what
+    happens while the guest is paused.
     """
 
     _DUMP_TRIES = 10  # a list that changes between two messages is begun again, as Documentation/userspace-api/netlink has it

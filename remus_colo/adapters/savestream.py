@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""libxenguest's save (``xc_domain_save`` of xenguest.h), once or checkpointed, its callbacks as methods of an object."""
+"""libxenguest's save (``xc_domain_save`` of xenguest.h), once or checkpointed, its callbacks as methods of an
+object.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any, Protocol
 
-from remus_colo.adapters.xenctrl import _native
+from remus_colo.adapters.native import compiled_for_xen
 from remus_colo.errors import XenError
 
 MESSAGE_BYTES = 1024  # of struct xc_error
@@ -92,7 +94,7 @@ class _Once:
 
 
 def _save(domid: int, fd: int, hooks: SaveHooks, mode: _Mode) -> None:
-    lib, ffi = _native()
+    lib, ffi = compiled_for_xen()
     _register(lib, ffi)
     table = ffi.new("struct rc_save_hooks *")
     for name in _EXTERNS:

@@ -29,14 +29,15 @@ _RTM_NEWQDISC, _TCA_KIND, _TCA_OPTIONS = 36, 1, 2  # <linux/rtnetlink.h>
 _ETH_P_ALL = 3  # <linux/if_ether.h>
 _ETH_P_ARP = 0x0806
 _ETH_P_IPV6 = 0x86DD
-# Our filters are found again by their priorities, also after a crash: "CO", unlikely to be anyone else's, and, looked at before that
-# one, the two that except frames from it.
+# Our filters are found again by their priorities, also after a crash: "CO", unlikely to be anyone else's,
+# and, looked at before that one, the two that except frames from it.
 _FILTER_PRIO = 0x434F
 _ARP_PRIO, _IPV6_PRIO = _FILTER_PRIO - 2, _FILTER_PRIO - 1
 _PROTOCOLS = {_ARP_PRIO: _ETH_P_ARP, _IPV6_PRIO: _ETH_P_IPV6, _FILTER_PRIO: _ETH_P_ALL}
 # u32 with a key that always matches, since u32 is more widely there than matchall.
 _ANY_KEY = "0x0/0x0+0"
-# Offsets are from the IP header: the next header is ICMPv6, and the type solicitation or advertisement (RFC 4861, 4.3 and 4.4).
+# Offsets are from the IP header: the next header is ICMPv6, and the type solicitation or advertisement (RFC
+# 4861, 4.3 and 4.4).
 _NEIGHBOUR_KEYS = (("0x3a00/0xff00+6", "0x8700/0xff00+40"), ("0x3a00/0xff00+6", "0x8800/0xff00+40"))
 
 
@@ -166,7 +167,8 @@ class Plug:
             raise
 
     def buffer(self) -> None:
-        """Keep frames from now on, apart from those kept before.  Those already in the driver's or guest's ring are not called back.
+        """Keep frames from now on, apart from those kept before.  Those already in the driver's or guest's
+        ring are not called back.
 
         :raise NetworkError: the plug is gone, with its link or otherwise (:meth:`release` likewise).
         """

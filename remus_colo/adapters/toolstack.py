@@ -23,7 +23,16 @@ def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
     if shutil.which("xl") is None:
         raise HostError("the xl command was not found: install your distribution's xen-utils package")
     try:
-        done = subprocess.run(("xl", *args), capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            ("xl", *args),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",  # a domain's name may be in any encoding
+            timeout=timeout_s,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for us alone
+        )
     except subprocess.TimeoutExpired as error:
         raise XenError(
             f"xl {args[0]} did not end within {timeout_s:g} s", operation=f"xl {args[0]}"
@@ -104,6 +113,7 @@ def restore_paused(stream_fd: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         pass_fds=(stream_fd,),
+        start_new_session=True,  # an xl that Ctrl-C ends leaves half a domain
     )
 
 

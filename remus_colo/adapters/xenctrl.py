@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from remus_colo.adapters import bindings
-from remus_colo.errors import HostError, XenError
+from remus_colo.adapters.native import compiled_for_xen
+from remus_colo.errors import XenError
 
 PAGE_SIZE = 4096
 
@@ -83,17 +84,6 @@ class Clock(Protocol):
     def now_ns(self) -> int: ...
 
 
-def _native() -> tuple[Any, Any]:
-    try:
-        from remus_colo._native import _xen  # type: ignore[attr-defined]
-    except ImportError as error:
-        raise HostError(
-            f"the compiled part of remus_colo is missing or does not fit this Xen ({error}): "
-            "install libxen-dev and reinstall the package"
-        ) from error
-    return _xen.lib, _xen.ffi
-
-
 def _fail(ffi: Any, operation: str, domid: int | None, what: str) -> XenError:
     number = ffi.errno
     where = f" for domain {domid}" if domid is not None else ""
@@ -107,7 +97,7 @@ def _fail(ffi: Any, operation: str, domid: int | None, what: str) -> XenError:
 
 def runstate() -> tuple[int, int]:
     """``(state_entry_time, sum of all state times)`` of this domain's vCPU 0, both ns of Xen system time."""
-    lib, ffi = _native()
+    lib, ffi = compiled_for_xen()
     entry, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     if lib.rc_runstate(0, entry, total) < 0:
         raise _fail(ffi, "VCPUOP_get_runstate_info", None, "could not read Xen system time")
@@ -131,7 +121,7 @@ def system_time(domid: int) -> SystemTime | None:
 
     :raise XenError: errno ESRCH if the domain does not exist.
     """
-    lib, ffi = _native()
+    lib, ffi = compiled_for_xen()
     offset, now = ffi.new("int64_t *"), ffi.new("uint64_t *")
     if lib.rc_system_time_get(domid, offset, now) < 0:
         if ffi.errno in _UNKNOWN_DOMCTL:
@@ -145,7 +135,7 @@ def set_system_time_offset(domid: int, offset_ns: int) -> None:
 
     :raise XenError: errno ERANGE if the domain's time would be negative, or the offset is beyond Xen's time.
     """
-    lib, ffi = _native()
+    lib, ffi = compiled_for_xen()
     # It may be made of what a peer said, and not fit the call.
     if not -(1 << 63) <= offset_ns < 1 << 63:
         ffi.errno = errno.ERANGE
@@ -163,7 +153,7 @@ class Guest:
     """
 
     def __init__(self, domid: int, *, writable: bool) -> None:
-        self._lib, self._ffi = _native()
+        self._lib, self._ffi = compiled_for_xen()
         self._xc = bindings.lowlevel("xc").xc()
         self._xc_error: type[Exception] = bindings.lowlevel("xc").Error
         self.domid = domid
@@ -458,46 +448,3 @@ class Guest:
             "xc_domain_hvm_setcontext",
             "could not load the vCPU state",
         )
-
-
-def bitmap_or(into: bytearray, other: bytes | bytearray) -> int:
-    """OR ``other`` into ``into`` (same length). Returns how many bits that added."""
-    if len(into) != len(other):
-        raise ValueError(f"bitmaps of {len(into)} and {len(other)} bytes")
-    lib, ffi = _native()
-    return int(
-        lib.rc_bitmap_or(ffi.from_buffer("uint8_t[]", into), ffi.from_buffer("uint8_t[]", other), len(into))
-    )
-
-
-def bitmap_count(bitmap: bytes | bytearray) -> int:
-    lib, ffi = _native()
-    return int(lib.rc_bitmap_count(ffi.from_buffer("uint8_t[]", bitmap), len(bitmap)))
-
-
-def hash_pages(gfns: bytearray, pages: bytearray | memoryview, count: int, hashes: bytearray) -> None:
-    """Put the hashes of ``count`` copied pages at their gfns in ``hashes``, which is as of :meth:`Guest.hashes`."""
-    lib, ffi = _native()
-    if count and max(memoryview(gfns).cast("Q")[:count]) * 8 >= len(hashes):
-        raise ValueError("a gfn is beyond the hashes")
-    lib.rc_hash_pages(
-        ffi.cast("uint64_t *", ffi.from_buffer(gfns)),
-        ffi.cast("uint8_t *", ffi.from_buffer(pages)),
-        count,
-        ffi.cast("uint64_t *", ffi.from_buffer(hashes)),
-    )
-
-
-def squeeze_zero_pages(gfns: bytearray, pages: bytearray | memoryview, count: int) -> tuple[int, bytes]:
-    """Close the gaps that all-zero pages leave. Returns (pages kept, gfns of the zero pages as u64s)."""
-    lib, ffi = _native()
-    zeros = bytearray(count * 8)
-    kept = int(
-        lib.rc_squeeze_zero_pages(
-            ffi.cast("uint64_t *", ffi.from_buffer(gfns)),
-            ffi.cast("uint8_t *", ffi.from_buffer(pages)),
-            count,
-            ffi.cast("uint64_t *", ffi.from_buffer(zeros)),
-        )
-    )
-    return kept, bytes(zeros[: (count - kept) * 8])

@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from remus_colo.errors import FramingError
+from remus_colo.adapters.native import compiled_for_xen
+from remus_colo.errors import FramingError, HostError
 
 WORD = 8
 GAP_WORDS = 2
@@ -18,10 +19,9 @@ _HEADER = struct.Struct("<II")
 
 def _native() -> tuple[Any, Any] | None:
     try:
-        from remus_colo._native import _xen  # type: ignore[attr-defined]
-    except ImportError:
+        return compiled_for_xen()
+    except HostError:
         return None
-    return _xen.lib, _xen.ffi
 
 
 NATIVE = _native()

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The comparator beside QEMU's colo-compare: packets per second of CPU time, in one run, fed with the same frames.
 
-Both are processes of their own that read the PVM's and the SVM's frames from two stream sockets and write to a third
-what may leave, each frame behind its length; QEMU's is the object of Debian's package, on ``-machine none``.  A feeder
-here sends batches small enough for QEMU's queues, which drop what is beyond 1024 packets of one connection, and waits for
-each batch to come out, so neither loses a packet.  Measured is the CPU time of the process (all its threads, user and
-system), which depends little on what else the machine does.  All take turns; figures and ratios are medians over the turns.
+Both are processes of their own that read the PVM's and the SVM's frames from two stream sockets and write to
+a third what may leave, each frame behind its length; QEMU's is the object of Debian's package, on
+``-machine none``.  A feeder here sends batches small enough for QEMU's queues, which drop what is beyond 1024
+packets of one connection, and waits for each batch to come out, so neither loses a packet.  Measured is the
+CPU time of the process (all its threads, user and system), which depends little on what else the machine
+does.  All take turns; figures and ratios are medians over the turns.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ _HEADERS = 54  # Ethernet, IPv4, TCP
 
 
 def frames(flows: int, size: int, batch: int, start: int) -> bytes:
-    """The ``batch`` next frames from number ``start`` on: TCP data, each flow in its turn, as they go over the socket."""
+    """The ``batch`` next frames from number ``start`` on: TCP data, each flow in its turn, as they go over
+    the socket.
+    """
     out = bytearray()
     data = size - _HEADERS
     for number in range(start, start + batch):
@@ -95,7 +98,9 @@ class Subject:
         return said or f"it said nothing and ended with status {self.process.wait()}"
 
     def cpu_s(self) -> float:
-        """CPU time of all its threads so far: the process's CPU clock, as clock_getcpuclockid(3) computes its number."""
+        """CPU time of all its threads so far: the process's CPU clock, as clock_getcpuclockid(3) computes its
+        number.
+        """
         return time.clock_gettime((~self.process.pid << 3) | 2)
 
     def pump(self, batches: list[bytes]) -> None:
@@ -176,7 +181,8 @@ def measure(bridge: Path, directory: Path, size: int, packets: int) -> tuple[lis
     """Packets per CPU second of both, for each number of flows, and what a packet of the most flows costs us, in
     packets of one.  A packet is what the PVM sends; each comes from both sides.
 
-    All take turns, so that what disturbs this machine disturbs all alike; ratios are of one turn, and their median counts.
+    All take turns, so that what disturbs this machine disturbs all alike; ratios are of one turn, and their
+    median counts.
     """
     batch = min(BATCH_PACKETS, BATCH_BYTES // size)
     per_turn = max(1, packets // batch)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest's output through NFQUEUE, end to end: our path against a bare NetfilterQueue callback that accepts everything.
+"""A guest's output through NFQUEUE, end to end: our path against a bare NetfilterQueue callback that accepts
+everything.
 
-Datagrams go from a guest's namespace through bridge and queue to a client's.  What holds them is in turn nothing, the
-bare callback, and ours, which lets a packet go when the SVM's copy of it has come over another link, too.  All take turns
-in one run, some rounds; figures are medians of the rounds, ratios are those of each round.
+Datagrams go from a guest's namespace through bridge and queue to a client's.  What holds them is in turn
+nothing, the bare callback, and ours, which lets a packet go when the SVM's copy of it has come over another
+link, too.  All take turns in one run, some rounds; figures are medians of the rounds, ratios are those of
+each round.
 
 * Rate: as fast as they come through, with a few hundred on their way.
 * Latency: one at a time, at half the rate that the bare callback reached.  Only what holding adds is compared: the

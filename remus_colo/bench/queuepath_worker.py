@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What holds and releases the packets in :mod:`remus_colo.bench.queuepath`: a process in the host's namespace.
 
-``python3 -m remus_colo.bench.queuepath_worker bare|colo QUEUE VIF LINK``.  Prints "ready", runs until SIGTERM, and prints
-its counters as one JSON object.
+``python3 -m remus_colo.bench.queuepath_worker bare|colo QUEUE VIF LINK``.  Prints "ready", runs until
+SIGTERM, and prints its counters as one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def bare(queue_number: int, vif: str) -> dict[str, Any]:
 
 
 def colo(queue_number: int, vif: str, link: str) -> dict[str, Any]:
-    """The PVM's output as ``remus --colo`` treats it: its loop, its comparator, protected since the first checkpoint."""
+    """The PVM's output as ``remus --colo`` treats it: its loop, its comparator, protected since the first
+    checkpoint.
+    """
     from remus_colo.proxy.comparator import CheckpointRequest, CompareConfig
     from remus_colo.proxy.output import Output
     from remus_colo.session.loop import Loop

@@ -25,6 +25,7 @@ from remus_colo.errors import XenError
 SECONDARY_SUFFIX = "--secondary"
 READ_BYTES = 1 << 20
 RESTORE_TIMEOUT_S = 300.0
+ABORT_TIMEOUT_S = 10.0
 
 
 def wide_pipe() -> tuple[int, int]:
@@ -153,15 +154,15 @@ class Restorer:
 
     @property
     def made(self) -> bool:
-        """xl has ended, and well: there is a domain."""
-        return self._process.returncode == 0
+        """There is a domain: xl has ended, and well, or was killed, and had no time to destroy the half-made one."""
+        return self._process.returncode is not None and self._process.returncode <= 0
 
     def abort(self) -> None:
-        """End xl, whatever it is doing; libxl destroys the half-made domain."""
+        """End xl, whatever it is doing.  libxl destroys the half-made domain in time, or see :attr:`made`."""
         self._close_pipe()
         if self._process.poll() is None:
             try:
-                self._process.wait(10)
+                self._process.wait(ABORT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -45,6 +45,8 @@ class PageCache:
 
 
 class DeltaEncoder:
+    """The sender's end of one session: checkpoints must be decoded in the order in which they were encoded."""
+
     def __init__(self, limit_pages: int = CACHE_PAGES) -> None:
         self._cache = PageCache(limit_pages)
 
@@ -58,6 +60,8 @@ class DeltaEncoder:
 
 
 class DeltaDecoder:
+    """The receiver's end of one session."""
+
     def __init__(self, limit_pages: int = CACHE_PAGES) -> None:
         self._cache = PageCache(limit_pages)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Checkpoints of a guest of which Xen does not tell what it has written: all of its memory each time.
 
-That is so for PV guests on a Xen without shadow page tables, as Debian 13's is: it has no dirty log for them, and no live
-migration either.  The guest is copied whole while it is suspended, by libxenguest's ordinary save, and compared with the copy
-before when it runs again.  What differs goes into a stream as libxenguest's checkpointed save would have
-written it.  The guest stands still for as long as all its memory takes to copy.
+That is so for PV guests on a Xen without shadow page tables, as Debian 13's is: it has no dirty log for them,
+and no live migration either.  The guest is copied whole while it is suspended, by libxenguest's ordinary
+save, and compared with the copy before when it runs again.  What differs goes into a stream as libxenguest's
+checkpointed save would have written it.  The guest stands still for as long as all its memory takes to copy.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from remus_colo.adapters.xenctrl import (
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.birth import SECONDARY_SUFFIX
 from remus_colo.checkpoint.receiver import INCOMING_SUFFIX
-from remus_colo.errors import DomainError
+from remus_colo.errors import ConfigError, DomainError
+from remus_colo.options import check_word
 
 # Devices without a backend that matters: consoles end in xenconsoled, vkbd and vfb of a guest without a
 # display are never connected.
@@ -57,6 +58,18 @@ class GuestLayout:
         return self.store_gfn, self.console_gfn
 
 
+def refuse_name(name: str, domid: int) -> None:
+    """:raise DomainError: the domain cannot be protected under its name, which is that of a copy, or one that the backup refuses."""
+    try:
+        check_word("the domain", name)
+    except ConfigError as error:
+        raise DomainError(
+            f"domain {domid} has the name {name!r}, with a blank, an invisible sign or a dash where none may be: "
+            f"rename it first (xl rename {domid} NAME)"
+        ) from error
+    refuse_copy(name)
+
+
 def refuse_copy(name: str) -> None:
     """:raise DomainError: the domain is what remusd makes of a guest that is protected by another host."""
     for suffix in (SECONDARY_SUFFIX, INCOMING_SUFFIX):
@@ -77,7 +90,7 @@ def refuse_config(name: str, config: dict[str, Any]) -> None:
     if kind == "pv":
         raise DomainError(
             f'{name} is a PV guest, and COLO needs hardware virtualization: change it to type="pvh" '
-            "(any Linux since 4.11 boots so), or protect it with classic Remus"
+            "(any Linux since 4.11 boots so), or protect it without --colo"
         )
     if kind == "hvm":
         raise DomainError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from remus_colo.adapters import backend, xenctrl
 from remus_colo.adapters.backend import XenbusState
+from remus_colo.adapters.pages import bitmap_count, bitmap_or, hash_pages, squeeze_zero_pages
 from remus_colo.adapters.xenctrl import (
     HVM_PARAM_CONSOLE_EVTCHN,
     HVM_PARAM_STORE_EVTCHN,
@@ -53,7 +54,7 @@ class Snapshot:
 
     def squeeze(self) -> None:
         """Take out the pages of zeros; not done while the guest waits."""
-        self.count, self.zero_gfns = xenctrl.squeeze_zero_pages(self.gfns, self.pages, self.count)
+        self.count, self.zero_gfns = squeeze_zero_pages(self.gfns, self.pages, self.count)
 
 
 @dataclass(slots=True)
@@ -291,7 +292,7 @@ class PvmEngine:
         # data that the copy does show was written before, and so is in the dirty log that is read next.
         rings = {gfn: bytes(guest.page(gfn)) for gfns in self._find_rings().values() for gfn in gfns}
         guest.take_dirty(bitmap)
-        xenctrl.bitmap_or(bitmap, dirty_too[: len(bitmap)].ljust(len(bitmap), b"\0"))
+        bitmap_or(bitmap, dirty_too[: len(bitmap)].ljust(len(bitmap), b"\0"))
         frames = guest.map_grants()
         # What Xen and the backends write is in no dirty log.
         guest.mark_writable_grants(bitmap)
@@ -300,7 +301,7 @@ class PvmEngine:
         bitmap[info.shared_info_gfn // 8] |= 1 << info.shared_info_gfn % 8
         for gfn in self.layout.private_gfns:
             bitmap[gfn // 8] &= ~(1 << gfn % 8) & 0xFF
-        wanted = xenctrl.bitmap_count(bitmap)
+        wanted = bitmap_count(bitmap)
         self._buffers.reserve(wanted)
         count = guest.collect(bitmap, self._buffers.gfns, self._buffers.pages)
         numbers = memoryview(self._buffers.gfns).cast("Q")[:count]
@@ -325,10 +326,11 @@ class PvmEngine:
     def _hashes(self, copied: int) -> bytes:
         """What the SVM's memory must be equal to: the copies, and where there are none the guest's pages.
 
-        Xen writes to a stopped guest, too (a timer that runs out raises its event in vcpu_info), after a page was copied.
+        Xen writes to a stopped guest, too (a timer that runs out raises its event in vcpu_info), after a page
+        was copied.
         """
         hashes = self.guest.hashes()
-        xenctrl.hash_pages(self._buffers.gfns, self._buffers.pages, copied, hashes)
+        hash_pages(self._buffers.gfns, self._buffers.pages, copied, hashes)
         return bytes(hashes)
 
     def go(self) -> None:

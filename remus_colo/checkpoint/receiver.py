@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The receiving end of Remus's stream: ``xl migrate-receive -r``, told by us when it is to begin.
 
-xl restores the guest's memory and then takes one checkpoint after another, each as a whole, until the stream ends; then it
-makes the devices and lets the guest run.  For xl the *end of its input* means that the primary is dead.  That must not be
-what the death of this daemon looks like.  So its input is a pipe that it holds open for writing itself: it never sees an end,
-and begins only when it reads libxenguest's END record, which nobody but :meth:`Receiver.take_over` writes.
+xl restores the guest's memory and then takes one checkpoint after another, each as a whole, until the stream
+ends; then it makes the devices and lets the guest run.  For xl the *end of its input* means that the primary
+is dead.  That must not be what the death of this daemon looks like.  So its input is a pipe that it holds
+open for writing itself: it never sees an end, and begins only when it reads libxenguest's END record, which
+nobody but :meth:`Receiver.take_over` writes.
 """
 
 from __future__ import annotations

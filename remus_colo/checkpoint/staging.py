@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where libxenguest writes to: a pipe for the live rounds, memory for each checkpoint.
 
-libxenguest writes a checkpoint's pages while the guest is suspended, into one descriptor that it is given at the
-start.  What is behind the descriptor changes after the first checkpoint: a pipe, whose reader sends a whole guest's memory
-as it comes; then a file in memory, into which a checkpoint is copied at the speed of memory, to be sent when the
-guest runs again.
+libxenguest writes a checkpoint's pages while the guest is suspended, into one descriptor that it is given at
+the start.  What is behind the descriptor changes after the first checkpoint: a pipe, whose reader sends a
+whole guest's memory as it comes; then a file in memory, into which a checkpoint is copied at the speed of
+memory, to be sent when the guest runs again.
 """
 
 from __future__ import annotations

@@ -54,10 +54,15 @@ class Suspender:
         else:
             self.store.write(self._node, SUSPEND)
         if not self._await_shutdown(timeout_s):
+            paused = self.guest.info().paused
             self.call_off()
             raise DomainError(
-                f"the guest did not suspend within {timeout_s:g} s: its kernel must support Xen suspend "
-                "(CONFIG_HIBERNATE_CALLBACKS), as live migration does"
+                f"the guest did not suspend within {timeout_s:g} s: "
+                + (
+                    f"it is paused; a protected guest has to run (xl unpause {self.guest.domid})"
+                    if paused
+                    else "its kernel must support Xen suspend (CONFIG_HIBERNATE_CALLBACKS), as live migration does"
+                )
             )
         moment_s = time.monotonic()
         self._asked = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from remus_colo.adapters import backend, xenctrl
 from remus_colo.adapters.backend import Vif, XenbusState
+from remus_colo.adapters.pages import bitmap_count
 from remus_colo.adapters.xenctrl import (
     CALLBACK_TYPE_VECTOR,
     HVM_PARAM_CALLBACK_IRQ,
@@ -124,7 +125,8 @@ class SvmEngine:
         return bytes(self._dirty)
 
     def _keep_granted(self) -> None:
-        """Keep the pages that a backend may still write to, as a packet that is on its way arrives: the primary will not be told.
+        """Keep the pages that a backend may still write to, as a packet that is on its way arrives: the
+        primary will not be told.
 
         Where the PVM has no buffer in such a page, nor has changed it, the checkpoint lacks it, and what it has to be
         is what it is now.
@@ -133,7 +135,7 @@ class SvmEngine:
         self.guest.mark_writable_grants(bitmap, granted=True)
         for gfn in self.layout.private_gfns:
             bitmap[gfn // 8] &= ~(1 << gfn % 8) & 0xFF
-        room = xenctrl.bitmap_count(bitmap)
+        room = bitmap_count(bitmap)
         gfns, pages = bytearray(room * 8), bytearray(room * PAGE_SIZE)
         count = self.guest.collect(bitmap, gfns, pages)
         self._granted = memoryview(gfns)[: count * 8], memoryview(pages)[: count * PAGE_SIZE]

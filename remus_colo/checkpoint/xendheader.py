@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The header of a domain that was saved as xend did it: a signature, a length, and so many bytes that describe the domain.
+"""The header of a domain that was saved as xend did it: a signature, a length, and so many bytes that
+describe the domain.
 
 Source: Xen 4.4, tools/python/xen/xend/XendCheckpoint.py.
 """

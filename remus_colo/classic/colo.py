@@ -25,8 +25,9 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a script wants to be called with, in the session's thread but ``wait``. None and what is true: go on; ``resume`` may
-    return anything."""
+    """What a script wants to be called with, in the session's thread but ``wait``. None and what is true: go
+    on; ``resume`` may return anything.
+    """
 
     suspend: Callable[[], Any] | None = None
     resume: Callable[[], Any] | None = None

@@ -2,10 +2,11 @@
 """Makes ``import xen`` find the package below this one, with the distribution's own ``xen`` merged into it.
 
 Installation puts ``remus_colo.pth`` beside the package, with which ``site`` imports this module when Python
-starts.  A second package ``xen`` in the same folder would do as well on Debian, which keeps its own elsewhere, but
-overwrite files of distributions that do not; and whichever came first on ``sys.path`` would hide the other.  So
-the name ``xen``, and no other, is looked up here first, whatever the order of ``sys.path``.  In a work tree that
-nobody has installed, ``xen.py`` in its root does so when ``xen`` is imported, and ours is added to a ``xen`` that was there before.
+starts.  A second package ``xen`` in the same folder would do as well on Debian, which keeps its own
+elsewhere, but overwrite files of distributions that do not; and whichever came first on ``sys.path`` would
+hide the other.  So the name ``xen``, and no other, is looked up here first, whatever the order of
+``sys.path``.  In a work tree that nobody has installed, ``xen.py`` in its root does so when ``xen`` is
+imported, and ours is added to a ``xen`` that was there before.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def install() -> None:
 
 
 def extend(path: MutableSequence[str], name: str) -> None:
-    """Append the folders of the distribution's package ``name`` to ours of the same name; one on ``sys.path`` is meant, and goes first.
+    """Append the folders of the distribution's package ``name`` to ours of the same name; one on ``sys.path``
+    is meant, and goes first.
 
     :param path: the ``__path__`` of our package.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Checkpoints whose phases a script is called in, in the thread that started them, as Xen 4.4's module did it.
 
-To a plain file descriptor, or through a :class:`Link` to ``remusd``, with all that ``remus`` itself does there: heartbeats,
-acknowledgements, and a backup that takes over.
+To a plain file descriptor, or through a :class:`Link` to ``remusd``, with all that ``remus`` itself does
+there: heartbeats, acknowledgements, and a backup that takes over.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from remus_colo.session.peer import HeartbeatConfig, Peer
 from remus_colo.session.remus_primary import RemusConfig, RemusEngine, RemusSession, SendingWorker
 
 LIVE_PIECE_BYTES = 1 << 20
-# Vifs whose output the script's own devices hold. It has made these before it opens the domain, and only then is cleaned up what
-# a protection has left that was killed.
+# Vifs whose output the script's own devices hold. It has made these before it opens the domain, and only then
+# is cleaned up what a protection has left that was killed.
 diverted: set[str] = set()
 # Domains whose held output must not be seen: their checkpoints are under way, or they go on elsewhere.
 withheld: set[int] = set()
@@ -111,8 +111,8 @@ class Link:
     def __init__(self, host: str, port: int = defaults.DEFAULT_PORT) -> None:
         self.host = host
         self.generation = secrets.randbits(31) | 1
-        # As on a command line without options: the configuration file decides, also which of its two ports is meant by the one
-        # that scripts knew, that of xend-relocation-port. Which domain, CREATE tells.
+        # As on a command line without options: the configuration file decides, also which of its two ports is
+        # meant by the one that scripts knew, that of xend-relocation-port. Which domain, CREATE tells.
         known = port == config.load()["xend-relocation-port"]
         options = cli.parse([*(() if known else ("--port", str(port))), "any", host])
         assert isinstance(options, RemusOptions)

@@ -14,8 +14,9 @@ log = logging.getLogger(__name__)
 class CheckpointedDevice:
     """A device of the protected guest. All hooks may raise a RemusError, which ends protection, but teardown.
 
-    ``postsuspend`` and ``preresume`` are called in the thread of the checkpoints, with the guest standing still, so they
-    must not block; ``commit`` and ``release_all`` may come from another thread, but never two of these at once.
+    ``postsuspend`` and ``preresume`` are called in the thread of the checkpoints, with the guest standing
+    still, so they must not block; ``commit`` and ``release_all`` may come from another thread, but never two
+    of these at once.
     """
 
     # The output of a guest must not be seen before what it has written is safe, so disks commit first.

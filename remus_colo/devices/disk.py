@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Disks under Remus: those that DRBD replicates in epochs go along, what nothing replicates so is refused.
 
-A guest that starts on the backup from a checkpoint must find its disk as it was at that checkpoint.  Remus's DRBD 8.3 has a
-protocol D for it: the peer buffers writes, in epochs that an ioctl ends at each checkpoint, and drops an epoch that was not
-ended.  The other protocols write through: after a failover the disk is *newer* than the guest's memory, which no journal
-expects, and which destroys file systems.  So they are refused, as anything else is that the guest can write to, unless the user takes
-the responsibility (``--no-disk``).
+A guest that starts on the backup from a checkpoint must find its disk as it was at that checkpoint.  Remus's
+DRBD 8.3 has a protocol D for it: the peer buffers writes, in epochs that an ioctl ends at each checkpoint,
+and drops an epoch that was not ended.  The other protocols write through: after a failover the disk is
+*newer* than the guest's memory, which no journal expects, and which destroys file systems.  So they are
+refused, as anything else is that the guest can write to, unless the user takes the responsibility
+(``--no-disk``).
 """
 
 from __future__ import annotations

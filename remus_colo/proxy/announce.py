@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ethernet frames that tell a LAN where the guest is now, and the guest's addresses as learnt from what it sends.
 
-ARP: RFC 826; announcement and probe: RFC 5227.  Neighbour advertisement: RFC 4861, 4.4 and 7.2.6; its probe, a solicitation
-without a sender: RFC 4862, 5.4.2.
+ARP: RFC 826; announcement and probe: RFC 5227.  Neighbour advertisement: RFC 4861, 4.4 and 7.2.6; its probe,
+a solicitation without a sender: RFC 4862, 5.4.2.
 RARP: RFC 903, sent as virtual machine monitors do after migration: switches learn the port, hosts ignore it.
 """
 
@@ -133,12 +133,16 @@ def probe(mac: bytes, target: Address) -> bytes:
 
 
 def link_local(mac: bytes) -> IPv6Address:
-    """What a host with this MAC address may call itself without being told (RFC 4291, appendix A; not if RFC 7217 is in use)."""
+    """What a host with this MAC address may call itself without being told (RFC 4291, appendix A; not if RFC
+    7217 is in use).
+    """
     return IPv6Address(_LINK_LOCAL + bytes((mac[0] ^ 2,)) + mac[1:3] + b"\xff\xfe" + mac[3:])
 
 
 def neighbour(frame_payload: bytes, ethertype: int) -> Address | None:
-    """Who says by ARP or neighbour discovery that it is on this LAN, by what follows the Ethernet header; None if nobody does."""
+    """Who says by ARP or neighbour discovery that it is on this LAN, by what follows the Ethernet header;
+    None if nobody does.
+    """
     if ethertype == ETHERTYPE_ARP:
         arp = parse_arp(frame_payload)
         return None if arp is None or arp.sender_ip == ANY_IPV4 else arp.sender_ip
@@ -171,7 +175,8 @@ def answers_probe(arp: Arp, mac: bytes, target: IPv4Address) -> bool:
 def neighbour_advertisement(mac: bytes, address: IPv6Address, *, router: bool = False) -> bytes:
     """Unsolicited, to all nodes, with the override flag.
 
-    ``router``: whether the guest is one.  Hosts take an advertisement without the flag as "no router any more" (RFC 4861, 7.2.5).
+    ``router``: whether the guest is one.  Hosts take an advertisement without the flag as "no router any
+    more" (RFC 4861, 7.2.5).
     """
     flags = _FLAG_OVERRIDE | (_FLAG_ROUTER if router else 0)
     body = struct.pack("!BBHI", _NEIGHBOUR_ADVERTISEMENT, 0, 0, flags) + address.packed
@@ -213,9 +218,11 @@ def announcements(mac: bytes, addresses: Iterable[Address], *, router: bool = Fa
 class AddressBook:
     """The guest's own addresses, by what it sends.
 
-    An address counts if the guest claims it by ARP or neighbour discovery, or sends from it with a TTL that hosts start
-    with: what it merely forwards was counted down.  Link-local addresses count (neighbours have entries for them).
-    Holds ``limit`` addresses, those most recently seen.  ``mac``: ARP claims of others, bridged by the guest, are not its own.
+    An address counts if the guest claims it by ARP or neighbour discovery, or sends from it with a TTL that
+    hosts start with: what it merely forwards was counted down.  Link-local addresses count (neighbours have
+    entries for them).
+    Holds ``limit`` addresses, those most recently seen.  ``mac``: ARP claims of others, bridged by the guest,
+    are not its own.
     """
 
     def __init__(self, mac: bytes, limit: int = 64) -> None:

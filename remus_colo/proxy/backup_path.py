@@ -125,7 +125,8 @@ class SvmVifPath:
         with Links() as links:
             links.wait_forwarding(self.vif.ifname, time.monotonic() + LINK_TIMEOUT_S)
 
-    # What is done per packet, in the reference form of the queue; the native one does the same in C, and looks at fewer.
+    # What is done per packet, in the reference form of the queue; the native one does the same in C, and
+    # looks at fewer.
 
     def _packet_from_guest(self, packet_id: int, packet: bytes, ethertype: int) -> None:
         queue = self._from_guest
@@ -161,7 +162,9 @@ class SvmVifPath:
             self.guest_addresses.learn_packet(packet)
 
     def _look_at_client(self, packet: bytes, ethertype: int) -> None:
-        """Who talks to the guest from its LAN can be asked later whether that works; who talks to all may be a host that is asleep."""
+        """Who talks to the guest from its LAN can be asked later whether that works; who talks to all may be
+        a host that is asleep.
+        """
         if ethertype in (ETHERTYPE_IP, ETHERTYPE_IPV6) and not announce.is_to_many(packet):
             self.client_addresses.learn_packet(packet)
 
@@ -193,7 +196,9 @@ class SvmVifPath:
         self._links.set_master(self.vif.ifname, lan_bridge)
 
     def delete_isolated(self) -> None:
-        """The vif has moved: the tunnel and the isolated bridge go. From any thread: own socket, and it takes a while."""
+        """The vif has moved: the tunnel and the isolated bridge go. From any thread: own socket, and it takes
+        a while.
+        """
         with Links() as links:
             links.delete_link(self.tunnel_ifname)
             links.delete_link(self.bridge)
@@ -246,7 +251,8 @@ class SvmVifPath:
         return outage.make_good(to_guest, to_lan)
 
     def mute(self) -> None:
-        """The primary is about to be told that the checkpoint is complete: it listens to what the SVM says as the copy of it.
+        """The primary is about to be told that the checkpoint is complete: it listens to what the SVM says as
+        the copy of it.
 
         So what is on its way still, of the SVM as it was, must not come to it after that.
         """

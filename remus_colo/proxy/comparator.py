@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Decides when the PVM's output may leave: once the SVM has said the same, or once its epoch is committed.
 
-Pure: no I/O, no clock.  Each call says what happened and when (``now_s``, monotonic seconds, never going back), and gets
-back which packets leave now and whether a checkpoint is needed.  See ``docs/comparison.rst`` for the rules and why.
+Pure: no I/O, no clock.  Each call says what happened and when (``now_s``, monotonic seconds, never going
+back), and gets back which packets leave now and whether a checkpoint is needed.  See ``docs/comparison.rst``
+for the rules and why.
 
 The work is done in C (``_native/compare.h``, which a C loop may call directly); this is its face for Python.
 
@@ -146,7 +147,8 @@ class Counters:
     :ivar released_commit: packets released because their epoch was committed.
     :ivar released_passed: packets that are not compared (ARP and the like), or that left by or after ``release_all()``.
     :ivar diverged: differences found: contents that differ, and time-outs.
-    :ivar secondary_dropped: SVM packets that were never compared: link chatter, over a limit, aged, or sent around a cut.
+    :ivar secondary_dropped: SVM packets that were never compared: link chatter, over a limit, aged, or sent
+        around a cut.
     :ivar malformed: packets of either side that could not be parsed.
     :ivar truncated: packets of either side that came cut off.
     """

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What was said while nobody carried it: TCP segments between the primary's death and the takeover.
 
-Clients' segments then go to a port of the LAN that is dead; the switch, which has lost the guest's address with it, shows them to
-every host.  The SVM's go into a tunnel without an end.  Either side repeats them, but each time after twice as long (RFC 6298, 5.5):
-with an outage of 3 s the next repetition comes up to 3 s later.  So the backup host keeps what it sees from when heartbeats are missing,
-and says it again when the SVM takes over.  Whatever was lost before has been repeated by then, since a repetition waits no longer
-than all that came before it together.
+Clients' segments then go to a port of the LAN that is dead; the switch, which has lost the guest's address
+with it, shows them to every host.  The SVM's go into a tunnel without an end.  Either side repeats them, but
+each time after twice as long (RFC 6298, 5.5): with an outage of 3 s the next repetition comes up to 3 s
+later.  So the backup host keeps what it sees from when heartbeats are missing, and says it again when the SVM
+takes over.  Whatever was lost before has been repeated by then, since a repetition waits no longer than all
+that came before it together.
 
 TCP alone: it takes a segment that comes twice for what it is.
 """

@@ -85,8 +85,9 @@ class Output:
             self._pump.ignore_tags()
 
     def counters(self) -> dict[str, int]:
-        """The comparator's; and what never came to be compared because the kernel dropped or cut it, of the PVM's packets
-        (``queue_lost``) and of the SVM's (``secondary_lost``)."""
+        """The comparator's; and what never came to be compared because the kernel dropped or cut it, of the
+        PVM's packets (``queue_lost``) and of the SVM's (``secondary_lost``).
+        """
         counters = self._comparator.counters
         found = {name: int(getattr(counters, name)) for name in COUNTERS}
         found["queue_lost"] = 0 if self._pump is None else _lost(self._pump.queue.counters())

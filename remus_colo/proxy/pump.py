@@ -86,7 +86,8 @@ def open_pump(
 ) -> Pump:
     """Open the queue, in the form that the environment chooses.
 
-    :param apply: called with decisions that release packets or ask for a checkpoint; the native form releases by itself.
+    :param apply: called with decisions that release packets or ask for a checkpoint; the native form releases
+        by itself.
     :raise NetworkError, HostError, ConfigError: as :func:`remus_colo.adapters.packetqueue.open_queue`.
     """
     kind = NativePump if Form.chosen() is Form.NATIVE else ReferencePump

@@ -153,7 +153,9 @@ class Replay:
         return self.result
 
     def _merged(self) -> Iterator[tuple[int, bool, int]]:
-        """Time since the first of all, side and index of all packets, in order; within a file, one moment's in its order."""
+        """Time since the first of all, side and index of all packets, in order; within a file, one moment's
+        in its order.
+        """
         both = [(time_ns, False, index) for index, time_ns in enumerate(self._primary.times_ns())]
         both += [(time_ns, True, index) for index, time_ns in enumerate(self._secondary.times_ns())]
         both.sort()

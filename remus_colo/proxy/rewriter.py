@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Map the SVM's TCP sequence space onto the PVM's, which is the one that the client knows.
 
-Runs on the backup host, between the SVM and everything else.  For a connection made since the last checkpoint the
-two VMs chose different initial sequence numbers; ``offset = PVM's ISN - SVM's ISN`` (mod 2**32) is added to the sequence
-numbers that the SVM sends, and taken from acknowledgements and SACK blocks that the client sends.
+Runs on the backup host, between the SVM and everything else.  For a connection made since the last checkpoint
+the two VMs chose different initial sequence numbers; ``offset = PVM's ISN - SVM's ISN`` (mod 2**32) is added
+to the sequence numbers that the SVM sends, and taken from acknowledgements and SACK blocks that the client
+sends.
 
 * The SVM's ISN comes from its SYN-ACK, or its SYN if the guest opens the connection.  The SVM is trusted: only
   what *it* sends starts, restarts or (with a reset) ends a mapping.
@@ -14,8 +15,8 @@ numbers that the SVM sends, and taken from acknowledgements and SACK blocks that
 
 Why each decision is as it is: ``docs/rewriter.rst``.
 
-Packets start at the IP header and must have finished checksums.  IPv4, and IPv6 without extension headers; fragments, and
-whatever is no TCP (nor an ICMP error about TCP), are left as they are.
+Packets start at the IP header and must have finished checksums.  IPv4, and IPv6 without extension headers;
+fragments, and whatever is no TCP (nor an ICMP error about TCP), are left as they are.
 
 This is the face of ``_native/rewrite.h``, which does it in C.
 """
@@ -33,8 +34,9 @@ from remus_colo.proxy.announce import Address
 
 # A closed connection's last acknowledgements and FIN retransmissions still need the mapping.
 LINGER_S = 60.0
-# Hosts keep silent connections alive every two hours (RFC 1122, 4.2.3.6), Linux up to two minutes late; many say nothing at
-# all.  As long as Linux's connection tracking, and at the limit of flows those that were silent longest go.
+# Hosts keep silent connections alive every two hours (RFC 1122, 4.2.3.6), Linux up to two minutes late; many
+# say nothing at all.  As long as Linux's connection tracking, and at the limit of flows those that were
+# silent longest go.
 IDLE_S = 5 * 86400.0
 # Linux gives up a SYN after 127 s and a SYN-ACK after 63 s (tcp_syn_retries 6, tcp_synack_retries 5).
 HANDSHAKE_S = 180.0

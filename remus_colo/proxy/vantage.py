@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Where a capture of the SVM was taken: before the rewriter, with the SVM's own TCP sequence numbers, or behind it.
 
-A connection that begins in the capture shows it: the stream begins one behind the initial sequence number of the SVM's SYN
-(RFC 9293, 3.4), or one behind the PVM's.
+A connection that begins in the capture shows it: the stream begins one behind the initial sequence number of
+the SVM's SYN (RFC 9293, 3.4), or one behind the PVM's.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ def before_rewriter(
 
     :param primary: packets of the PVM, from the network header on, each with its ethertype.
     :param secondary: those of the SVM.
-    :return: False if they are the PVM's, None if that differs, or no connection begins in the capture that shows it.  One
-        whose SYN has the PVM's number already, as the rewriter gives it to a late one, does not.
+    :return: False if they are the PVM's, None if that differs, or no connection begins in the capture that
+        shows it.  One whose SYN has the PVM's number already, as the rewriter gives it to a late one, does
+        not.
     """
     begins: dict[bytes, set[int]] = {}  # the PVM's
     for flow, sequence, syn in _segments(primary):

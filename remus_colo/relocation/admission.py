@@ -16,7 +16,8 @@ SHARE_PER_HOST = 0.25
 class Admission:
     """Places for connections that are no session yet: so many, and a part of them for one host.  Thread-safe.
 
-    A host that is slow, broken or hostile keeps neither memory nor threads beyond its part, and leaves places to the others.
+    A host that is slow, broken or hostile keeps neither memory nor threads beyond its part, and leaves places
+    to the others.
 
     :param limit: places.
     """

@@ -36,7 +36,6 @@ from remus_colo.relocation.wire import (
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PORT = 8002
 # A frame that the peer does not take within this time means that it is gone, heartbeat or not.
 SEND_TIMEOUT_S = 10.0
 # Buffers in one sendmsg: IOV_MAX of limits.h is 1024, and a frame rarely has more than four.
@@ -100,7 +99,7 @@ class Channel:
     def connect(
         cls,
         host: str,
-        port: int = DEFAULT_PORT,
+        port: int,
         *,
         deadline_s: float,
         generation: int = 0,

@@ -75,7 +75,9 @@ def _interface_address(interface: str) -> str:
 
 
 def plain(address: str) -> str:
-    """An address of a socket, with IPv4 as such: one that listens at ``::`` has it in the form of IPv6 (RFC 4291, 2.5.5.2)."""
+    """An address of a socket, with IPv4 as such: one that listens at ``::`` has it in the form of IPv6 (RFC
+    4291, 2.5.5.2).
+    """
     prefix, _, rest = address.rpartition(":")
     return rest if prefix.lower() == "::ffff" and "." in rest else address
 

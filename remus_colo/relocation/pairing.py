@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The operation ``colo``: from two connections to a protection that begins.  Runs without Xen.
 
-The control connection comes first, says HELLO, and waits for its data connection, which names the same generation.  Then
-clocks are compared until CREATE comes (docs/protocol.rst).
+The control connection comes first, says HELLO, and waits for its data connection, which names the same
+generation.  Then clocks are compared until CREATE comes (docs/protocol.rst).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Waiting:
         self.data: Channel | None = None
 
 
-# Runs a protection to its end: CREATE, control and data channel, the primary's address.  A MessageError of it is what is
-# wrong with CREATE, and told to the primary.
+# Runs a protection to its end: CREATE, control and data channel, the primary's address.  A MessageError of it
+# is what is wrong with CREATE, and told to the primary.
 Serve = Callable[[Message, Channel, Channel, str], None]
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The relocation ports: from a connection of a stranger to an operation that it may begin.  Runs without Xen.
 
-Each connection has a thread of its own, so that nothing that one peer does or leaves undone keeps another waiting.  Until
-its operation says that it is established, it has a place among few (:mod:`remus_colo.relocation.admission`) and a deadline.
+Each connection has a thread of its own, so that nothing that one peer does or leaves undone keeps another
+waiting.  Until its operation says that it is established, it has a place among few
+(:mod:`remus_colo.relocation.admission`) and a deadline.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class Opening:
             leave(channels)
 
 
-# Called in the connection's thread with a channel that has been told that the operation is ready.  Owns the channel; one
-# that is left behind by an exception is closed.
+# Called in the connection's thread with a channel that has been told that the operation is ready.  Owns the
+# channel; one that is left behind by an exception is closed.
 Operation = Callable[[Channel, Opening], None]
 
 
@@ -246,7 +247,10 @@ class Server:
 
 
 def _name_of(host: str, deadline_s: float) -> str:
-    """The name that an address has; the address itself if none is found before the deadline: a resolver has no such thing."""
+    """The name that an address has; the address itself if none is found before the deadline.
+
+    In a thread, because the resolver takes no deadline.
+    """
     names: list[str] = []
     thread = threading.Thread(
         target=lambda: names.append(socket.getfqdn(host)), name=f"name-{host}", daemon=True

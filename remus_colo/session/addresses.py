@@ -17,7 +17,8 @@ from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
 
-# A look at all that the guest sends, so often and at so many frames; who asks on the LAN for another is seen all the time.
+# A look at all that the guest sends, so often and at so many frames; who asks on the LAN for another is seen
+# all the time.
 LOOK_INTERVAL_S = 5.0
 LOOK_FRAMES = 32
 NEIGHBOURS = 16
@@ -42,7 +43,8 @@ class AddressWatch:
         self._book = AddressBook(mac)
         self._neighbours: dict[str, None] = {}  # those that spoke last, oldest first
         self._discovery: list[RawLink] = []
-        # Kept, and deaf but for a look: to close one takes a while (see RawSender), in which the loop would stand still.
+        # Kept, and deaf but for a look: to close one takes a while (see RawSender), in which the loop would
+        # stand still.
         self._ears: dict[str, RawLink] = {}
         self._look: RawLink | None = None
         self._looked = 0

@@ -34,7 +34,11 @@ from remus_colo.session.steps import each
 log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 1.0
-# Of the heartbeat time-out. A look at the LAN (PROBE_WINDOW) that begins then has ended when the primary counts as lost.
+# The primary's clients wait for a checkpoint to be taken: what is part of it has shorter time-outs, but for
+# the kernel's work and xl's.
+APPLY_TIMEOUT_S = 120.0
+# Of the heartbeat time-out. A look at the LAN (PROBE_WINDOW) that begins then has ended when the primary
+# counts as lost.
 SUSPECT_AFTER = 0.45
 LATE_AFTER = 2  # heartbeats: one may be held up
 ANNOUNCE_REPEATS = 3  # a switch or a host may miss the first
@@ -224,7 +228,8 @@ class BackupSession(abc.ABC):
     def _run_loop(self) -> None:
         """An error that nobody expected ends the SVM in concert with the primary; a second one, at once.
 
-        Not the guest: if the SVM has become it, it is served on, and in the midst of arbitration the verdict is "unknown".
+        Not the guest: if the SVM has become it, it is served on, and in the midst of arbitration the verdict
+        is "unknown".
         """
         errors = 0
         while True:
@@ -308,6 +313,30 @@ class BackupSession(abc.ABC):
                 self._svm_at_rest.set()
 
         self.loop.thread(name, run, done)
+
+    def _apply_thread(
+        self, work: Callable[[], float], done: Callable[[float | None, BaseException | None], None]
+    ) -> None:
+        """As :meth:`_svm_thread`, for the load of a checkpoint: one that takes too long has failed, whatever
+        comes of it yet.
+        """
+        epoch = self._epoch
+
+        def late() -> None:
+            if self.machine.state in (BackupState.APPLYING, BackupState.FINISHING):
+                self._svm_failed(
+                    DomainError(
+                        f"checkpoint {epoch} was not loaded within {APPLY_TIMEOUT_S:g} s: see `xl list` and `dmesg` on the backup host"
+                    )
+                )
+
+        timer = self.loop.call_later(APPLY_TIMEOUT_S, late)
+
+        def ended(result: float | None, error: BaseException | None) -> None:
+            timer.cancel()
+            done(result, error)
+
+        self._svm_thread("apply", work, ended)
 
     # -- the primary -----------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""COLO on the backup host: the SVM, which runs beside the PVM, takes its checkpoints, and is the guest when that dies."""
+"""COLO on the backup host: the SVM, which runs beside the PVM, takes its checkpoints, and is the guest when
+that dies.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from remus_colo.adapters import toolstack, userdata
 from remus_colo.adapters.backend import Vif
 from remus_colo.adapters.xenctrl import Clock, Guest, ShutdownReason
+from remus_colo.adapters.xenstore import domain_named
 from remus_colo.checkpoint import birth
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode
 from remus_colo.checkpoint.mode import MAX_BEHIND_NS
@@ -27,7 +30,7 @@ from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.relocation.clock import secondary_offset
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session import inherited
+from remus_colo.session import inherited, leftovers
 from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.creation import Creation
 from remus_colo.session.parts import EventSink
@@ -54,11 +57,13 @@ class ColoBackupSession(BackupSession):
         event: EventSink,
     ) -> None:
         super().__init__(config, creation, make_peer, clock, event)
+        self._claim = contextlib.ExitStack()  # to the names of its links
         self.path: BackupPath | None = None
         self.lan: SvmLan | None = None
         self.engine: SvmEngine | None = None
         self._restored = threading.Event()
         self._chunks: queue.Queue[bytes | None] = queue.Queue(maxsize=STREAM_PIECES)
+        self._stream_over = threading.Event()  # what has come of it is of no use any more
         self._assembler: Assembler | None = None
         self._received: Received | None = None
         self._dirty = b""
@@ -70,6 +75,7 @@ class ColoBackupSession(BackupSession):
         creation = self.creation
         try:
             self._refuse_remains(birth.secondary_name(creation.config["c_info"]["name"]))
+            self._claim.enter_context(leftovers.claim(creation.tag))
             self.path = BackupPath(self.loop, creation.tag, list(creation.tunnels))
             self.lan = SvmLan(creation, self.path, self.store, self.config.lan_bridge)
             self.lan.check()  # now, not when the primary is dead
@@ -92,7 +98,8 @@ class ColoBackupSession(BackupSession):
                 continue  # xl is slower than the network: the primary waits
 
     def _end_stream(self) -> None:
-        with contextlib.suppress(queue.Full):
+        self._stream_over.set()
+        with contextlib.suppress(queue.Full):  # then there is something to wake up by
             self._chunks.put_nowait(None)
 
     def _restore(self) -> None:
@@ -100,13 +107,17 @@ class ColoBackupSession(BackupSession):
         name = birth.secondary_name(self.creation.config["c_info"]["name"])
         restorer = birth.Restorer(name)
         try:
-            while (chunk := self._chunks.get()) is not None and not self._peer_lost:
+            while (chunk := self._chunks.get()) is not None and not self._stream_over.is_set():
                 restorer.feed(chunk)
-            if self._peer_lost:
-                raise DomainError("the primary was lost before the guest had arrived")
+            if self._stream_over.is_set():
+                raise DomainError(
+                    f"{'the primary was lost' if self._peer_lost else 'protection ended'} before the guest had arrived"
+                )
             domid = restorer.finish(self.store)
         except BaseException:
             restorer.abort()
+            if restorer.made:
+                self.domid = domain_named(self.store, name)  # to be destroyed
             raise
         finally:
             self._restored.set()
@@ -126,6 +137,9 @@ class ColoBackupSession(BackupSession):
 
     def _on_restored(self, _: None, error: BaseException | None) -> None:
         if error is not None:
+            if isinstance(error, RemusError) and self.machine.state is not BackupState.CREATING:
+                log.info("%s: %s", self.creation.name, error)  # it was given up
+                return
             self._svm_failed(error)
             return
         if self.machine.state is not BackupState.CREATING:
@@ -207,7 +221,7 @@ class ColoBackupSession(BackupSession):
                 self._align_clock(engine, received.xen_time_ns)
             return time.monotonic() - started_s
 
-        self._svm_thread("apply", apply, self._on_applied)
+        self._apply_thread(apply, self._on_applied)
 
     def _align_clock(self, engine: SvmEngine, stopped_ns: int) -> None:
         """In a thread, the SVM stopped: have its clock go on from the PVM's.
@@ -343,8 +357,7 @@ class ColoBackupSession(BackupSession):
     def _destroy(self) -> None:
         # A restore or a load ends by itself; then the domain can be destroyed.
         self._svm_at_rest.wait(birth.RESTORE_TIMEOUT_S)
-        if self.engine is not None:
-            self.engine.close()
+        self._close_engine()
         if self.domid is not None:
             toolstack.destroy(self.domid)
 
@@ -356,6 +369,9 @@ class ColoBackupSession(BackupSession):
             steps.append(functools.partial(inherited.remove, self.domid))
         if self.path is not None:
             steps.append(self.path.close)
-        if self.engine is not None:
-            steps.append(self.engine.close)
-        return steps
+        return [*steps, self._claim.close, self._close_engine]
+
+    def _close_engine(self) -> None:
+        """Not under the hands of a thread that is stuck in it: it would write to memory that is not mapped any more."""
+        if self.engine is not None and self._svm_at_rest.is_set():
+            self.engine.close()

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""On the primary: has the backup taken the guest over?  Asked when it is lost, and may rightly hold this host for dead."""
+"""On the primary: has the backup taken the guest over?  Asked when it is lost, and may rightly hold this host
+for dead.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ class Doubt:
 
     def _on_verdict(self, active: bool | None, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, RemusError):
-            raise error
+            # Raised on it would end nothing, as no other end comes before a verdict, and nobody would ask again.
+            log.error("the arbiter failed: %s", error, exc_info=error)
         if error is not None or active is None:
             self._tell()
             self._loop.call_later(INTERVAL_S, lambda: self._decided(PrimaryEvent.BACKUP_UNKNOWN))

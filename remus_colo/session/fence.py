@@ -17,7 +17,11 @@ def run_hook(command: tuple[str, ...], domain: str, other_host: str) -> Verdict:
     """Run ``command domain other_host``; its exit status is the verdict (``failover/arbiter.py``)."""
     try:
         done = subprocess.run(
-            [*command, domain, other_host], timeout=HOOK_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
+            [*command, domain, other_host],
+            timeout=HOOK_TIMEOUT_S,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a hook that Ctrl-C ended has told nothing
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         log.error("the fencing hook %s gave no answer: %s", command[0], error)

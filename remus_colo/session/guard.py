@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A process that outlives a ``remus`` that is killed, and puts right what that cannot (``recovery.py``).
 
-It does nothing until then: it waits for the other end of a socket to close.  It has copies of the connections to the backup, so
-that there the end looks like silence, and not before the guest runs again.  Then they are closed: the backup looks for the guest
-on the LAN, finds it, and stands down.
+It does nothing until then: it waits for the other end of a socket to close.  It has copies of the connections
+to the backup, so that there the end looks like silence, and not before the guest runs again.  Then they are
+closed: the backup looks for the guest on the LAN, finds it, and stands down.
 
-It resumes no guest that the backup may have taken over.  That it has not is sure for as long as the backup has had a heartbeat
-of late (see SelfMonitor): :meth:`Guard.sure` puts the moment into memory that both processes share.
+It resumes no guest that the backup may have taken over.  That it has not is sure for as long as the backup
+has had a heartbeat of late (see SelfMonitor): :meth:`Guard.sure` puts the moment into memory that both
+processes share.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from remus_colo.errors import RemusError
+from remus_colo.errors import HostError, RemusError
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,9 @@ END = b"end"
 TAG = b"tag "
 MESSAGE_BYTES = 256
 CHANNELS = 2
-# When we last knew that the backup had not taken over (time.monotonic(), s; 0: there is none yet), and whether the guest is being
-# resumed as if in a new domain.
+COMM_BYTES = 15  # of a process's name (proc(5))
+# When we last knew that the backup had not taken over (time.monotonic(), s; 0: there is none yet), and
+# whether the guest is being resumed as if in a new domain.
 _SHARED = struct.Struct("=d?")
 
 
@@ -70,12 +72,30 @@ class Guard:
         theirs.close()
 
     def note_tag(self, tag: str) -> None:
-        """Links with this tag are about to be made."""
-        self._sock.send(TAG + tag.encode("ascii"))
+        """Links with this tag are about to be made.
+
+        :raise HostError: the guard is gone.
+        """
+        with self._telling():
+            self._sock.send(TAG + tag.encode("ascii"))
 
     def hold(self, *fds: int) -> None:
-        """Keep these connections open for as long as the guest is not put right."""
-        socket.send_fds(self._sock, [b"hold"], fds)
+        """Keep these connections open for as long as the guest is not put right.
+
+        :raise HostError: the guard is gone.
+        """
+        with self._telling():
+            socket.send_fds(self._sock, [b"hold"], fds)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise HostError(
+                f"the process {self._pid} that was to guard this one is gone: it was killed, maybe for want of memory (see `dmesg`); "
+                "start remus again"
+            ) from error
 
     def sure(self) -> None:
         """The backup has heard us. From any thread."""
@@ -115,8 +135,9 @@ class Guard:
             os.setsid()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as comm:
-                comm.write(f"guard-{name}"[:15])  # not to be killed by the name of what it guards
+            with contextlib.suppress(OSError), open("/proc/self/comm", "wb") as comm:
+                # Not to be killed by the name of what it guards.
+                comm.write(f"guard-{name}".encode("utf-8", "replace")[:COMM_BYTES])
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(null, 1)  # who waits for its output's end does not wait for us

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a channel's reader has received and the loop has not handled yet: so much, and then the reader waits.
 
-A reader that waits does not read, so TCP's window closes and the sender waits, too: a backup that is slower than the network
-slows checkpoints down, instead of gathering them in memory.
+A reader that waits does not read, so TCP's window closes and the sender waits, too: a backup that is slower
+than the network slows checkpoints down, instead of gathering them in memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ OVERHEAD_BYTES = CONTROL_LIMIT_BYTES
 class Inbox:
     """One channel's. The reader's thread puts in, the loop's takes out.
 
-    Two hosts cannot wait for each other in a circle by this: neither loop ever waits for a reader, and what a loop itself
-    sends has a deadline (``SEND_TIMEOUT_S`` of channel.py).
+    Two hosts cannot wait for each other in a circle by this: neither loop ever waits for a reader, and what a
+    loop itself sends has a deadline (``SEND_TIMEOUT_S`` of channel.py).
     """
 
     def __init__(self, loop: Loop, take: Callable[[Message], None], limit_bytes: int = LIMIT_BYTES) -> None:

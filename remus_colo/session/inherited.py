@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Connections that ``remusd`` maps since a failover, for the ``remus`` that protects the guest from there.
 
-It tells the next backup host, which would not know otherwise in which numbers clients speak: the guest's memory, of which that host
-gets a copy, has the SVM's own.  After the failover no connection gets a mapping any more, so what is told once is enough.
+It tells the next backup host, which would not know otherwise in which numbers clients speak: the guest's
+memory, of which that host gets a copy, has the SVM's own.  After the failover no connection gets a mapping
+any more, so what is told once is enough.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import select
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from remus_colo.adapters import bpf
@@ -49,20 +50,39 @@ def bridge_here(links: Links, config: dict[str, Any], index: int, default: str) 
     raise DomainError(f"there is no bridge {named or default!r} on this host: name one by --bridge")
 
 
-def uplinks(bridge: str) -> list[str]:
-    """Ports of a bridge that are no guest's: where the LAN is."""
+def ports(bridge: str) -> list[str]:
+    """Of a bridge; none if it is not one."""
     try:
-        ports = os.listdir(f"/sys/class/net/{bridge}/brif")
+        return os.listdir(f"/sys/class/net/{bridge}/brif")
     except OSError:
         return []
-    return [port for port in ports if not port.startswith(("vif", "tap"))]
+
+
+def uplinks(bridge: str) -> list[str]:
+    """Ports of a bridge that are no guest's: where the LAN is."""
+    return [port for port in ports(bridge) if not port.startswith(("vif", "tap"))]
+
+
+def unplugged(ifname: str) -> bool:
+    """Whether nobody can be reached through a link, or through a bridge's uplinks, for want of a carrier."""
+    return not any(_has_carrier(link) for link in uplinks(ifname) or [ifname])
+
+
+def _has_carrier(ifname: str) -> bool:
+    try:
+        return Path(f"/sys/class/net/{ifname}/carrier").read_text() != "0\n"
+    except FileNotFoundError:
+        return True  # who knows
+    except OSError:
+        return False  # EINVAL: it is down
 
 
 @dataclass(frozen=True, slots=True)
 class LanSide:
     """A vif's LAN, to be asked for the guest.
 
-    :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is at that, its uplink.
+    :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is
+        at that, its uplink.
     :ivar own_mac: the bridge's.
     :ivar guest_addresses: that the guest has been seen to use.
     :ivar client_addresses: of others, whose answers prove that the LAN works.
@@ -87,8 +107,8 @@ class _Probed:
 
     def verdict(self, now_s: float) -> Verdict | None:
         """By what was heard since it was asked for last: before a gap, the probe forgets."""
-        nobody_could_prove_it = not self._side.client_addresses
-        lan_works, self._heard_another = self._heard_another or nobody_could_prove_it, False
+        taken_to_work = not self._side.client_addresses and not unplugged(self._side.ifname)
+        lan_works, self._heard_another = self._heard_another or taken_to_work, False
         return self._probe.observe(now_s, peer_answers=self._peer_answers, lan_works=lan_works)
 
     def ask(self) -> None:
@@ -109,7 +129,8 @@ class _Probed:
 
 
 def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
-    """Does the guest answer on one of its LANs, from another host?  Then that one is alive, and only the link to it is lost.
+    """Does the guest answer on one of its LANs, from another host?  Then that one is alive, and only the link
+    to it is lost.
 
     All are asked at the same time: each more would else lengthen the outage by a window.
 

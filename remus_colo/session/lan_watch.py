@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """On the primary: has another host taken the guest over?
 
-Such a host announces it by ARP or neighbour discovery, once.  A primary that was frozen then has missed that; so when it is in doubt
-it asks the LAN for the guest's addresses, past its own bridge, where its own copy would answer.
+Such a host announces it by ARP or neighbour discovery, once.  A primary that was frozen then has missed that;
+so when it is in doubt it asks the LAN for the guest's addresses, past its own bridge, where its own copy
+would answer.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from remus_colo.adapters.xenstore import Store
 from remus_colo.errors import RemusError
 from remus_colo.failover.arbiter import ACTIVE
 from remus_colo.session.addresses import AddressWatch, Known
-from remus_colo.session.lan import LanSide, mac_bytes, probe_guest, uplinks
+from remus_colo.session.lan import LanSide, mac_bytes, probe_guest, unplugged, uplinks
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,10 @@ class LanWatch:
             except RemusError as error:
                 log.debug("%s", error)
         return self._conflict
+
+    def unplugged(self) -> bool:
+        """Whether the guest can reach nobody on any of its LANs: then nobody there sees that it is alive."""
+        return bool(self._uplinks) and all(unplugged(uplink.ifname) for uplink in self._uplinks)
 
     def secondary_active(self, window_s: float, known: Mapping[int, Known]) -> bool | None:
         """Ask the LAN for the guest; in any thread.

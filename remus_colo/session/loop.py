@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One thread's event loop: files to read, timers, and calls from other threads.
 
-Not asyncio: pyroute2's netlink calls run an asyncio loop of their own and may not be made inside another.  Nor ``selectors``, whose
-own work on each wake-up is as much as that of all else that a packet's wake-up does in Python.
+Not asyncio: pyroute2's netlink calls run an asyncio loop of their own and may not be made inside another.
+Nor ``selectors``, whose own work on each wake-up is as much as that of all else that a packet's wake-up does
+in Python.
 """
 
 from __future__ import annotations

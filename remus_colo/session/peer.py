@@ -31,8 +31,8 @@ STUCK_TIMEOUTS = 4.0
 SELF_LIMIT = 0.4
 PROBE_WINDOW = 0.5
 BYE_TIMEOUT_S = 0.2
-# Until there is a replica nothing hangs on how soon a silent host is given up, and making one is the hardest that both hosts
-# have to do: a whole guest is copied, suspended and resumed.
+# Until there is a replica nothing hangs on how soon a silent host is given up, and making one is the hardest
+# that both hosts have to do: a whole guest is copied, suspended and resumed.
 PATIENCE_AT_START_S = 20.0
 # What a primary may ask for: options.py has no less than a millisecond.
 MIN_INTERVAL_S = 0.001
@@ -69,7 +69,8 @@ class Peer:
         None where clocks are no concern.
     :param sure: called with each heartbeat for as long as the other host cannot hold us for dead.
     :param patience_s: how long it may be silent, if that is not the heartbeats' time-out.
-    :param starting: whether no replica can be lost yet; the other host may be silent for :data:`PATIENCE_AT_START_S` then.
+    :param starting: whether no replica can be lost yet; the other host may be silent for
+        :data:`PATIENCE_AT_START_S` then.
     :param ask_clock: send a probe with each heartbeat; see :attr:`clocks` for what they tell.
     """
 

@@ -7,6 +7,7 @@ What the state machine orders is done here, or in the subclasses: ``colo_primary
 from __future__ import annotations
 
 import abc
+import contextlib
 import logging
 import threading
 from collections import Counter
@@ -14,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from remus_colo.adapters import toolstack, xenctrl
+from remus_colo.adapters import backend, toolstack, xenctrl
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.suspend import SUSPEND_TIMEOUT_S
 from remus_colo.devices.device import DeviceSet
-from remus_colo.errors import ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
+from remus_colo.errors import DomainError, ExitStatus, MessageError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.failover.backup import DECIDING
 from remus_colo.failover.primary import PrimaryAction as A
 from remus_colo.failover.primary import PrimaryEvent as E
@@ -36,6 +37,13 @@ log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
+# In all others protection has ended, or is about to.
+WITH_BACKUP = frozenset(
+    {
+        *(PrimaryState.CREATING, PrimaryState.SYNCING),
+        *(PrimaryState.PROTECTED, PrimaryState.CHECKPOINTING, PrimaryState.COMMITTED),
+    }
+)
 DECIDING_STATES = frozenset(state.value for state in DECIDING)
 
 
@@ -54,8 +62,10 @@ class SessionStats:
 
 
 def patience_s(heartbeat: HeartbeatConfig) -> float:
-    """How long a silent backup is given: one heartbeat less than the time-out, so that clients whose answers wait for it wait no
-    longer than that.  The backup need not agree: it looks for the guest on the LAN before it takes over."""
+    """How long a silent backup is given: one heartbeat less than the time-out, so that clients whose answers
+    wait for it wait no longer than that.  The backup need not agree: it looks for the guest on the LAN before
+    it takes over.
+    """
     return max(heartbeat.timeout_s - heartbeat.interval_s, heartbeat.timeout_s / 2)
 
 
@@ -135,7 +145,9 @@ class PrimarySession(abc.ABC):
 
     @abc.abstractmethod
     def _make_path(self) -> Path:
-        """Called while the session is being made, with :attr:`loop`, :attr:`config`, :attr:`engine` and :attr:`store` there."""
+        """Called while the session is being made, with :attr:`loop`, :attr:`config`, :attr:`engine` and
+        :attr:`store` there.
+        """
 
     @abc.abstractmethod
     def _create_svm(self) -> None:
@@ -197,8 +209,8 @@ class PrimarySession(abc.ABC):
         return ExitStatus.UNPROTECTED if PrimaryState.UNPROTECTED in self.machine.visited else ExitStatus.OK
 
     def _run_loop(self) -> None:
-        """An error that nothing is waiting for ends protection as others do, in concert with the backup; a second one, at once.  So does
-        Ctrl-C in the thread of a script that has no handler for it.
+        """An error that nothing is waiting for ends protection as others do, in concert with the backup; a
+        second one, at once.  So does Ctrl-C in the thread of a script that has no handler for it.
 
         :raise BaseException: the first one, if it was a bug's or no error.
         """
@@ -252,11 +264,25 @@ class PrimarySession(abc.ABC):
         """An error of this host's that ends protection; a bug is raised on."""
         if not isinstance(error, RemusError):
             raise error
+        error = self._explained(error)
         log.error("%s", error)
         self.event("error", text=str(error))
         if self.failure is None:
             self.failure = error
         self.handle(E.LOCAL_FAILURE, reason=str(error))
+
+    def _explained(self, error: RemusError) -> RemusError:
+        """What fails because the guest has lost an interface tells of a plug, or of a file of the backend's,
+        that is not there.
+        """
+        with contextlib.suppress(RemusError):
+            for end in self.path.vifs:
+                if not self.path.links.exists(end.vif.ifname):
+                    return DomainError(
+                        f"{end.vif.ifname} is gone: if the guest was not destroyed, but lost an interface (xl network-detach), "
+                        f"protect it anew ({error})"
+                    )
+        return error
 
     # -- the peer --------------------------------------------------------------------------------------------
 
@@ -300,8 +326,11 @@ class PrimarySession(abc.ABC):
             return
         self._peer_lost = True
         self._peer_failure = self._peer_failure or PeerLost(reason)
-        # A hook at the backup may be switching this host off, however well we feel.
-        doubt = bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict()
+        # A hook at the backup may be switching this host off, however well we feel.  And a look at the LAN
+        # does not find a guest that is cut off from it.
+        doubt = (
+            bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict() or self._lan.unplugged()
+        )
         self.handle(E.BACKUP_LOST_IN_DOUBT if doubt else E.BACKUP_LOST, reason=reason)
 
     def _check_peer(self) -> None:
@@ -355,6 +384,7 @@ class PrimarySession(abc.ABC):
         self.loop.call_later(GUEST_CHECK_S, self._check_guest)
         if not self.guest_alive():
             return
+        self._check_interfaces()
         self._look_at_packets()
         if (
             self._lan.conflict()
@@ -363,6 +393,18 @@ class PrimarySession(abc.ABC):
         ):
             self.event("lan-conflict")
             self.handle(E.LAN_CONFLICT)
+
+    def _check_interfaces(self) -> None:
+        """Through one that came later the guest speaks to everybody, unheard of here, and its copy has none."""
+        known = {name for end in self.path.vifs for name in (end.vif.ifname, end.vif.emulated_ifname)}
+        more = backend.interfaces(self.engine.guest.domid) - known
+        if more and self.machine.state in WITH_BACKUP:
+            self.fail(
+                DomainError(
+                    f"the guest has got {min(more)} while it is protected, which its copy has not: protect it anew, with that interface "
+                    "or without"
+                )
+            )
 
     # -- the end ---------------------------------------------------------------------------------------------
 
@@ -397,11 +439,15 @@ class PrimarySession(abc.ABC):
 
     @property
     def _drops_held(self) -> bool:
-        """Whether at the end what is held must not be seen: the guest goes on elsewhere, or nobody knows whether it does."""
+        """Whether at the end what is held must not be seen: the guest goes on elsewhere, or nobody knows
+        whether it does.
+        """
         return A.DROP_HELD in self.machine.ordered or self.machine.state is PrimaryState.ARBITRATING
 
     def _await_rest(self) -> None:
-        """With the peer closed, a copy that is under way breaks off; a guest's suspend has its own time-out: then it is resumed."""
+        """With the peer closed, a copy that is under way breaks off; a guest's suspend has its own time-out:
+        then it is resumed.
+        """
         if not self._guest_at_rest.wait(SUSPEND_TIMEOUT_S + STOP_TIMEOUT_S):
             log.error(
                 "%s was asked to suspend, did not, and may yet: look after it with 'xl list'",

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a ``remus`` that was killed has left behind on the primary host: a guest that stands still, a network that holds packets.
+"""What a ``remus`` that was killed has left behind on the primary host: a guest that stands still, a network
+that holds packets.
 
-Done by its guard (``guard.py``); by the next ``remus`` of the domain, as far as the network goes; and by hand (``recover.py``).
+Done by its guard (``guard.py``); by the next ``remus`` of the domain, as far as the network goes; and by hand
+(``recover.py``).
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ def suspended(domid: int) -> bool:
 def let_run(guest: Guest, store: Store, *, reborn: bool = False) -> None:
     """Let a guest that was stopped at any point of a checkpoint, or of its birth on the backup, run on.
 
-    :param reborn: it was stopped while it was being resumed as if in a new domain (``PvmEngine.resume_as_new``), which has
-        to be done anew: after the soft reset there is no other way into it.
+    :param reborn: it was stopped while it was being resumed as if in a new domain
+        (``PvmEngine.resume_as_new``), which has to be done anew: after the soft reset there is no other way
+        into it.
     :raise RemusError: it could not be resumed.
     """
     with contextlib.suppress(XenError):
@@ -86,8 +89,9 @@ def withdraw_suspend(domid: int, store: Store) -> None:
 def clean_network(
     links: Links, domid: int, vifs: Iterable[Vif], tags: Iterable[str], *, diverted: Collection[str] = ()
 ) -> None:
-    """Take away what held and copied the guest's packets.  What waited for the guest goes to it; what it has said, and nobody
-    has seen, is dropped: who knows whether it went on elsewhere.  Never raises; a second time does nothing.
+    """Take away what held and copied the guest's packets.  What waited for the guest goes to it; what it has
+    said, and nobody has seen, is dropped: who knows whether it went on elsewhere.  Never raises; a second
+    time does nothing.
 
     :param tags: of the links (``ColoConfig.tag``), of all runs that may have left some.
     :param diverted: vifs whose output takes the way that it takes by somebody who is there.

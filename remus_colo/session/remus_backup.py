@@ -212,7 +212,7 @@ class RemusBackupSession(BackupSession):
             )
             return 0.0
 
-        self._svm_thread("apply", apply, self._on_applied)
+        self._apply_thread(apply, self._on_applied)
 
     def _on_applied(self, _: float | None, error: BaseException | None) -> None:
         if self.machine.state is BackupState.STANDING_DOWN or self.machine.final:

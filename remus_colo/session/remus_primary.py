@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The primary's session in Remus mode: the same peer, state machine and end as COLO's, other checkpoints.
 
-Two threads: the loop's, which has the state machine and the network, and the checkpoints', which is in libxenguest for most of the
-time.  The latter asks the former before each checkpoint, and waits for its acknowledgement there.
+Two threads: the loop's, which has the state machine and the network, and the checkpoints', which is in
+libxenguest for most of the time.  The latter asks the former before each checkpoint, and waits for its
+acknowledgement there.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 
 from remus_colo.session.loop import Loop
 
-# Ctrl-C, `kill`, and a terminal or ssh connection that is closed: a process that simply died then would look to the backup as a
-# host that did.
+# Ctrl-C, `kill`, and a terminal or ssh connection that is closed: a process that simply died then would look
+# to the backup as a host that did.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 @contextlib.contextmanager
@@ -40,14 +41,15 @@ def interrupting() -> Iterator[None]:
 def ending(stop: Callable[[str], None]) -> Iterator[None]:
     """Call ``stop`` with the name of the signal that is to end the protection.  In the main thread only.
 
-    SIGHUP stays ignored if it was, as under nohup.  A process in the background that looks at its terminal is stopped by
-    SIGTTIN, and the guest's output would wait with it: so that is ignored, and the look fails.
+    SIGHUP stays ignored if it was, as under nohup.  What would stop the process is ignored, for the guest's
+    output would wait with it until the backup takes over: Ctrl-Z; SIGTTIN, for a look at the terminal from
+    the background, which fails then; SIGTTOU, for a line from there (``stty tostop``).
     """
 
     def on_signal(number: int, _frame: object) -> None:
         stop(signal.Signals(number).name)
 
-    previous = {signal.SIGTTIN: signal.signal(signal.SIGTTIN, signal.SIG_IGN)}
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     for number in ENDING:
         if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             previous[number] = signal.signal(number, on_signal)
@@ -59,7 +61,9 @@ def ending(stop: Callable[[str], None]) -> Iterator[None]:
 
 
 def telling(loop: Loop, event: Callable[..., None], stop: Callable[[], None]) -> Callable[[str], None]:
-    """For :func:`ending`: tell of the signal and call ``stop``, in the loop: not in the midst of a line that is being written."""
+    """For :func:`ending`: tell of the signal and call ``stop``, in the loop: not in the midst of a line that
+    is being written.
+    """
 
     def on_signal(name: str) -> None:
         def tell_and_stop() -> None:

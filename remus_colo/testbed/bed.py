@@ -224,7 +224,9 @@ class Bed:
         self.reachable(host).run(command, timeout_s=600, stdin=content)
 
     def reachable(self, host: str) -> Remote:
-        """ssh to a host.  :raise BedError: the bed is not up, or the host does not answer: it is off, still booting or paused."""
+        """ssh to a host.  :raise BedError: the bed is not up, or the host does not answer: it is off, still
+        booting or paused.
+        """
         self._need_up()
         state = self._host(host).state()
         if state != "ready":

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What protection costs: the same load on the unprotected guest, under ``remus --colo``, and under ``remus`` without it, in one
-run; and how long the guest stands still for a checkpoint, beside Xen's own ``xl remus``.
+"""What protection costs, beside the unprotected guest and beside Xen's own ``xl remus``.
+
+In one run: the same load on the unprotected guest, under ``remus --colo`` and under ``remus`` without it; and how long
+the guest stands still for a checkpoint, beside ``xl remus``.
 
 ``python3 -m remus_colo.testbed.bench``.  Emulated hosts are slow and noisy: the ratios say something, the times do
 not.  Prints a table, and as the last line one JSON object.
@@ -137,12 +139,13 @@ def report(found: dict[str, Any]) -> str:
     for interval_ms, by_tool in found["standstill_ms"].items():
         for tool, seen in by_tool.items():
             lines.append(
-                f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, p99 {seen['p99']} ms ({seen['count']} of them, {seen['share']:.0%} of the time)"
+                f"standstill that a client sees, {tool} -i {interval_ms}: p50 {seen['p50']} ms, "
+                f"p99 {seen['p99']} ms ({seen['count']} of them, {seen['share']:.0%} of the time)"
             )
             stopped = seen["stopped"]
             lines.append(
-                f"domain stopped, as Xen has it, {tool} -i {interval_ms}: p50 {stopped['p50']} ms, p99 {stopped['p99']} ms "
-                f"({stopped['count']} of them; looked at every {stopped['resolution_ms']} ms)"
+                f"domain stopped, as Xen has it, {tool} -i {interval_ms}: p50 {stopped['p50']} ms, "
+                f"p99 {stopped['p99']} ms ({stopped['count']} of them; looked at every {stopped['resolution_ms']} ms)"
             )
     lines.append(f"left without waiting for a checkpoint, COLO: {found['released_without_checkpoint']}")
     return "\n".join(lines)

@@ -129,9 +129,14 @@ def root_recipe(release: str, *, device_model: bool = False) -> dict[str, object
     """What :func:`root_tree` is made of."""
     debian = RELEASES[release]
     return {
-        "suite": debian.suite, "packages": debian.all_packages(device_model=device_model), "mirror": os.environ.get("REMUS_COLO_MIRROR", ""),
-        "apt": APT_OPTIONS, "dpkg": DPKG_OPTIONS, "dropped": DROPPED_DRIVERS + DROPPED_TREES, "version": 2,
-    }  # fmt: skip
+        "suite": debian.suite,
+        "packages": debian.all_packages(device_model=device_model),
+        "mirror": os.environ.get("REMUS_COLO_MIRROR", ""),
+        "apt": APT_OPTIONS,
+        "dpkg": DPKG_OPTIONS,
+        "dropped": DROPPED_DRIVERS + DROPPED_TREES,
+        "version": 2,
+    }
 
 
 def root_tree(release: str, *, device_model: bool = False) -> Path:

@@ -102,7 +102,8 @@ class BedNetwork:
         for role in NIC_ROLES:
             mtu = REPL_MTU if role == "repl" else LAN_MTU
             self._batch(role, "link set lo up", f"link add {role} mtu {mtu} {BRIDGE}", f"link set {role} up")
-        # A host that boots is looked for from the first moment.  One that has not answered ARP by then would be "no route".
+        # A host that boots is looked for from the first moment.  One that has not answered ARP by then would
+        # be "no route".
         known = [
             f"neigh replace {net.mgmt} lladdr {mac(self.bed, net.host, 'mgmt')} dev mgmt nud permanent"
             for net in HOSTS.values()

@@ -73,9 +73,10 @@ class Protection:
         """Create the guest and wait until all its services listen (10 to 20 s).
 
         :param name: or ``SECOND_GUEST``, which has its own address.
-        :param kind: ``pvh``; ``pv``, smaller: it is copied whole at each checkpoint; or ``hvm``, for which the bed must have
-            been brought up with a device model.
-        :param address6: its IPv6 address besides, with which it does what hosts do by themselves: solicit routers, report groups.
+        :param kind: ``pvh``; ``pv``, smaller: it is copied whole at each checkpoint; or ``hvm``, for which
+            the bed must have been brought up with a device model.
+        :param address6: its IPv6 address besides, with which it does what hosts do by themselves: solicit
+            routers, report groups.
         """
         console = shlex.quote(GUEST_LOG.format(domain=name))
         config = f"/domu/{shlex.quote(name)}.cfg"

@@ -161,8 +161,8 @@ def faults(told: dict[str, Any], legs: Sequence[Leg], wanted: str | None = None)
         for name in CLOCKS
         if told["backward"][name]
     ]
-    # A guest that suspends itself counts that as sleep: its monotonic clock stands still, the others do not.  So does every
-    # guest once when its twin is made.
+    # A guest that suspends itself counts that as sleep: its monotonic clock stands still, the others do not.
+    # So does every guest once when its twin is made.
     if all(one.mode == "transparent" for one in legs):
         skew_limit_ns = SKEW_LIMIT_NS + sum(slept_ms(one) for one in legs) * 1e6
         found += [

@@ -94,10 +94,18 @@ def run(bed: Bed, checkpoints: int, remus: dict[str, Any], directory: Path) -> t
         if not compared and not faults:
             faults.append("memory was never compared")
         found = {
-            "kind": "memory", "requests": requests, "memory_compared": len(compared), "pages": max(compared, default=0), "checkpoints": scenario_figures.checkpoints(primary.events),
-            "pause_ms": {"p50": scenario_figures.quantile(pauses, 0.5), "p99": scenario_figures.quantile(pauses, 0.99)},
-            "readings": readings, "faults": faults,
-        }  # fmt: skip
+            "kind": "memory",
+            "requests": requests,
+            "memory_compared": len(compared),
+            "pages": max(compared, default=0),
+            "checkpoints": scenario_figures.checkpoints(primary.events),
+            "pause_ms": {
+                "p50": scenario_figures.quantile(pauses, 0.5),
+                "p99": scenario_figures.quantile(pauses, 0.99),
+            },
+            "readings": readings,
+            "faults": faults,
+        }
         for fault in faults:
             print(f"    {fault}", flush=True)
         return found, not faults

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long a guest stands still for a checkpoint: our ``remus`` beside Xen's own ``xl remus``, on the same guest at the same interval.
+"""How long a guest stands still for a checkpoint: our ``remus`` beside Xen's own ``xl remus``, on the same
+guest at the same interval.
 
-Both replicate to nowhere and hold no output, so that all a client notices of a checkpoint is that the guest does not answer
-while it is stopped.  Each is measured twice, by the same means for both:
+Both replicate to nowhere and hold no output, so that all a client notices of a checkpoint is that the guest
+does not answer while it is stopped.  Each is measured twice, by the same means for both:
 
-* as a client sees it: a stream of datagrams, each sent when the answer to the one before is there, has one answer for each checkpoint that
-  is late by just that.  It has what the guest itself does to suspend and resume; but what is shorter than the longest delay without
-  checkpoints does not show.
-* as Xen has it: how long the domain is suspended or paused (:mod:`remus_colo.testbed.standstill_watch`).  It has every checkpoint, from
-  the guest's suspend call on.
+* as a client sees it: a stream of datagrams, each sent when the answer to the one before is there, has one
+  answer for each checkpoint that is late by just that.  It has what the guest itself does to suspend and
+  resume; but what is shorter than the longest delay without checkpoints does not show.
+* as Xen has it: how long the domain is suspended or paused (:mod:`remus_colo.testbed.standstill_watch`).  It
+  has every checkpoint, from the guest's suspend call on.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def compare(
 
 
 def _figures(gaps_ms: list[float], quiet_ms: float, seconds: float) -> dict[str, Any]:
-    """:param quiet_ms: what takes longer is a checkpoint: nothing did without them. The same for all that are compared."""
+    """Of one kind of protection.
+
+    :param quiet_ms: what takes longer is a checkpoint: nothing did without them. The same for all that are compared.
+    """
     seen = [gap_ms for gap_ms in gaps_ms if gap_ms > quiet_ms]
     return {
         "count": len(seen),

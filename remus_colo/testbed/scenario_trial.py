@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One failover: a guest is protected, a client's load runs, a host loses its power, and what the client saw is judged."""
+"""One failover: a guest is protected, a client's load runs, a host loses its power, and what the client saw
+is judged.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,9 @@ Step = Callable[[str, str], AbstractContextManager[None]]
 # checkpoint when the host dies. The rate leaves an emulated host time to breathe.
 LOAD = {"redis": 8, "http": 8, "echo": 4, "rate": 4, "churn": 1}
 
-# Without COLO a round trip lasts as long as an answer is held, a PV guest's some seconds.  TCP repeats a segment after three
-# such times (RFC 6298: a first measurement R makes it R + 4 R/2), and then after twice as long: an outage may cost it a minute.
+# Without COLO a round trip lasts as long as an answer is held, a PV guest's some seconds.  TCP repeats a
+# segment after three such times (RFC 6298: a first measurement R makes it R + 4 R/2), and then after twice as
+# long: an outage may cost it a minute.
 DRAIN_WHEN_HELD_S = 60.0
 
 

@@ -3,8 +3,8 @@
 
 ``primary`` and ``backup`` kill that host at a random moment under load, ``mixed`` the two in turn, each time with
 both hosts booted anew; ``memory`` kills nobody, but goes on until so many checkpoints are made, and looks for what
-grows; ``clock`` lets a guest fail over from host to host and back, and looks at its clocks.  Prints a table, and as the last line one JSON object.  Exit status 0 only if nothing went wrong; the logs of
-what did are kept.
+grows; ``clock`` lets a guest fail over from host to host and back, and looks at its clocks.  Prints a table, and as the
+last line one JSON object.  Exit status 0 only if nothing went wrong; the logs of what did are kept.
 """
 
 from __future__ import annotations
@@ -87,8 +87,16 @@ def failovers(bed: Bed, options: argparse.Namespace, directory: Path) -> tuple[d
             print(f"    {fault}", flush=True)
     print("\n" + table(rows))
     failed = [run["number"] for run in runs if run["faults"]]
-    found = {"mode": options.mode, "guest": options.guest, "kind": options.kind, "seed": options.seed, "skew_s": options.skew, "failed": failed, "runs": runs,
-             "heartbeat_timeout_ms": HEARTBEAT_TIMEOUT_MS}  # fmt: skip
+    found = {
+        "mode": options.mode,
+        "guest": options.guest,
+        "kind": options.kind,
+        "seed": options.seed,
+        "skew_s": options.skew,
+        "failed": failed,
+        "runs": runs,
+        "heartbeat_timeout_ms": HEARTBEAT_TIMEOUT_MS,
+    }
     return found, not failed
 
 
@@ -130,8 +138,8 @@ def wanted_mode(xen: str, checkpoint: str | None) -> str | None:
     return "transparent" if xen == "patched" else None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; its exit status."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options, with the number of rounds and the seed filled in."""
     parser = argparse.ArgumentParser(
         prog="python3 -m remus_colo.testbed.soak", description=__doc__.partition("\n")[0]
     )
@@ -189,6 +197,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"COLO does not take {options.guest.upper()} guests: give --mode remus")
     options.n = options.n or DEFAULT_COUNT.get(options.kind, 10)
     options.seed = int(time.time()) if options.seed is None else options.seed
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit status."""
+    options = parse(arguments)
     directory = options.logs or Path(tempfile.mkdtemp(prefix="remus_colo-soak-"))
     logging.basicConfig(level=logging.INFO, format="    %(message)s", stream=sys.stdout)
     exit_on_signals()

@@ -3,8 +3,9 @@
 
     python3 -m remus_colo.testbed.standstill_watch DOMID SECONDS
 
-A checkpoint stops the guest from its own suspend call, or Xen's pause, until it is resumed.  Xen is asked for the domain's state
-as often as it can be, whoever stops it, so that two toolstacks are measured alike.  Prints one JSON object.
+A checkpoint stops the guest from its own suspend call, or Xen's pause, until it is resumed.  Xen is asked for
+the domain's state as often as it can be, whoever stops it, so that two toolstacks are measured alike.  Prints
+one JSON object.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ PERIOD_S = 0.0005
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """:param stops_ms: each time that the domain was stopped, from the first look that saw it so to the first that did not.
-    :param resolution_ms: between two looks, in the mean."""
+    """:param stops_ms: each time that the domain was stopped, from the first look that saw it so to the first
+        that did not.
+    :param resolution_ms: between two looks, in the mean.
+    """
 
     stops_ms: list[float]
     resolution_ms: float

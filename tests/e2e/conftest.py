@@ -4,8 +4,9 @@
 One bed serves all tests.  A test gets a :class:`Protection` on it with both hosts up and nothing running but,
 maybe, the guest; after a test that killed a host, failed or left something behind the bed is made anew.
 
-``REMUS_COLO_TEST_BED`` names a bed to use instead of one of our own; if it is up already it is left up, and made anew as it was.  Logs of
-tests that failed are kept below ``build/e2e-logs``.  With ``CI=true`` a skipped test counts as failed.
+``REMUS_COLO_TEST_BED`` names a bed to use instead of one of our own; if it is up already it is left up, and
+made anew as it was.  Logs of tests that failed are kept below ``build/e2e-logs``.  With ``CI=true`` a skipped
+test counts as failed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,25 @@ from remus_colo.testbed.scenario import Protection, destroy_guests, fresh
 
 LOGS = Path(__file__).parents[2] / "build" / "e2e-logs"
 # Tests that share a state of the bed stand together; those that need another one come last.
-ORDER = ("test_dom0", "test_bad_input", "test_receiver", "test_protect", "test_random_divergence", "test_memory", "test_both_modes", "test_localhost",
-         "test_link", "test_frozen", "test_classic", "test_killed", "test_two_domains", "test_failover_backup", "test_failover_primary", "test_ipv6", "test_skewed_clocks")  # fmt: skip
+ORDER = (
+    "test_dom0",
+    "test_bad_input",
+    "test_receiver",
+    "test_protect",
+    "test_random_divergence",
+    "test_memory",
+    "test_both_modes",
+    "test_localhost",
+    "test_link",
+    "test_frozen",
+    "test_classic",
+    "test_killed",
+    "test_two_domains",
+    "test_failover_backup",
+    "test_failover_primary",
+    "test_ipv6",
+    "test_skewed_clocks",
+)
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 
 

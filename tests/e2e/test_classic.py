@@ -172,7 +172,9 @@ def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -
 
 @pytest.mark.long
 def test_failover_of_an_hvm_guest(protection: Protection, chance: random.Random) -> None:
-    """In a bed whose hosts have QEMU for Xen: its device model is saved with each checkpoint, and made anew from the last."""
+    """In a bed whose hosts have QEMU for Xen: its device model is saved with each checkpoint, and made anew
+    from the last.
+    """
     fresh(protection.bed, dataclasses.replace(protection.bed.options(), device_model=True))
     after_s = chance.uniform(6, 10)
     plan = Plan(

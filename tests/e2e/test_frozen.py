@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A host stands still, with its connections and its carrier, and goes on later as if nothing had been: exactly one VM may."""
+"""A host stands still, with its connections and its carrier, and goes on later as if nothing had been:
+exactly one VM may.
+"""
 
 from __future__ import annotations
 

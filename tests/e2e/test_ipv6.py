@@ -18,7 +18,9 @@ AFTERWARDS_S = 25
 
 @pytest.fixture
 def guest6(protection: Protection) -> None:
-    """The bed's guest in this form, and a client that can reach it; every test that kills a host gets a new bed after it."""
+    """The bed's guest in this form, and a client that can reach it; every test that kills a host gets a new
+    bed after it.
+    """
     destroy_guests(protection.bed)
     protection.start_guest(address6=GUEST_ADDRESS)
     commands = (

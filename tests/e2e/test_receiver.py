@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""remusd with a configuration file: a protection over TLS while strangers knock, and what the other host does not take."""
+"""remusd with a configuration file: a protection over TLS while strangers knock, and what the other host does
+not take.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ TEXT = """\
   # TLS and strangers beside a guest on one emulated processor
   (heartbeat-timeout 20000) (compare-timeout 10000))
 """
-# What the SVM is too late with is released after the compare time-out above and a checkpoint, the load's last answers, too.
+# What the SVM is too late with is released after the compare time-out above and a checkpoint, the load's last
+# answers, too.
 DRAIN_S = 60
 # What a stranger in dom0 does to the port for a while: nothing, rubbish, and half a beginning.
 KNOCK = """

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a fuzzer's bytes make the comparator do: packets of every kind, whole, cut and broken, and checkpoints at any point.
-The rewriter gets its share of them, too.
+"""What a fuzzer's bytes make the comparator do: packets of every kind, whole, cut and broken, and checkpoints
+at any point. The rewriter gets its share of them, too.
 
 Raises AssertionError if one breaks a promise; memory errors are the sanitizers' to find.
 """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Fuzz the comparator and the rewriter: ``python3 tests/fuzz/fuzz_compare.py --seconds 600``.
 
-Builds it with AddressSanitizer, UndefinedBehaviorSanitizer and coverage, and lets atheris look for inputs that reach new
-code.  Where there is no atheris, random inputs are tried; it says so.  What is found is written to ``crash-*`` in the
-current directory (or that of ``--artifacts``); run it again with ``--input FILE``.
+Builds it with AddressSanitizer, UndefinedBehaviorSanitizer and coverage, and lets atheris look for inputs
+that reach new code.  Where there is no atheris, random inputs are tried; it says so.  What is found is
+written to ``crash-*`` in the current directory (or that of ``--artifacts``); run it again with
+``--input FILE``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Attacks the receiver for as long as it is told, and tells what it has held out against.  ``make fuzz`` runs it.
 
-Many attackers at a time, of different addresses, beside one protection that makes checkpoints all the while.  Memory is read
-when nobody attacks, once after the warm-up and once at the end.
+Many attackers at a time, of different addresses, beside one protection that makes checkpoints all the while.
+Memory is read when nobody attacks, once after the warm-up and once at the end.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""remusd's receiving side without Xen: real ports, channels, sessions and state machine; only what touches a domain is left out.
+"""remusd's receiving side without Xen: real ports, channels, sessions and state machine; only what touches a
+domain is left out.
 
 :class:`Receiver` is the process under attack.  :class:`Healthy` is a protection that has to live through all of it.
 """

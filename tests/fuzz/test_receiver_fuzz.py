@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The receiver under attack: no crash, nothing left behind, nothing that hangs, and a protection beside it that goes on.
+"""The receiver under attack: no crash, nothing left behind, nothing that hangs, and a protection beside it
+that goes on.
 
 ``fuzz_receiver.py`` does the same for as long as it is told.
 """

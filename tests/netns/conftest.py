@@ -100,8 +100,8 @@ class Network:
     ) -> None:
         """A veth pair between a bridge of ``host`` and another namespace; what is sent at either end arrives at once.
 
-        The far end was up before it had a carrier: until the kernel has attached its queueing discipline, which it does in its
-        own time, all that is sent there is dropped.
+        The far end was up before it had a carrier: until the kernel has attached its queueing discipline,
+        which it does in its own time, all that is sent there is dropped.
         """
         other = ["peer", "name", ifname, "netns", self.names[name], "address", mac]
         # a backend's, as Xen's scripts set it: with a lower one the bridge would take it, and lose it with the vif

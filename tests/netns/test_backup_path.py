@@ -306,7 +306,9 @@ def test_a_connection_with_the_pvms_numbers(net: Network, path: Path, server: so
 def test_an_svm_that_lags_behind_the_handshake(
     net: Network, path: Path, server: socket.socket, unsummed: bool
 ) -> None:
-    """The client has the PVM's SYN-ACK and goes on before the SVM has sent its own: that is kept, and given to it then."""
+    """The client has the PVM's SYN-ACK and goes on before the SVM has sent its own: that is kept, and given
+    to it then.
+    """
     client = Client(net, path)
     client.send(1000, 0, SYN)
     client.send(1001, 778, ACK, b"early", unsummed=unsummed)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The PVM's output, held and compared, with real frames and both forms of the path; no plugs, so any kernel does.
 
-The SVM's output is what the test puts into the far end of the tunnel's stand-in, or a copy, made by the guest's kernel, of
-all that the guest sends.
+The SVM's output is what the test puts into the far end of the tunnel's stand-in, or a copy, made by the
+guest's kernel, of all that the guest sends.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A protection on the backup host without Xen: real session, loop, state machine, channels; SVM and network tell what was done to them.
+"""A protection on the backup host without Xen: real session, loop, state machine, channels; SVM and network
+tell what was done to them.
 
 :class:`World` is the host; its ``primary`` speaks as ``remus`` does, in the test's own thread.
 """
@@ -180,17 +181,20 @@ class Restorer:
     def __init__(self, world: World) -> None:
         self._world = world
         self._step = world.faults.step
+        self.made = False
 
     def feed(self, chunk: bytes) -> None:
         self._step("feed")
 
     def finish(self, store: object) -> int:
         self._step("finish")
-        self._world.svm_exists = True
+        self._world.svm_exists = self.made = True
         return DOMID
 
     def abort(self) -> None:
         self._step("restore.abort")
+        if self._world.xl_leaves_it:
+            self._world.svm_exists = self.made = True
 
 
 class Primary:
@@ -263,6 +267,7 @@ class World:
     :param clock_offset_ns: as the primary asks for it.
     :ivar verdict: of the LAN.
     :ivar xl_config: libxl's configuration of the SVM.
+    :ivar xl_leaves_it: a restore that is given up leaves the domain: xl had it whole, or was killed.
     :ivar ended: what the session's run raised, once it has ended.
     """
 
@@ -281,7 +286,9 @@ class World:
         self.engine = Engine(self.faults)
         self.path = Path(self.faults, bridges)
         self.svm_exists = False
+        self.xl_leaves_it = False
         self.destroyed = 0
+        self.claimed: set[str] = set()  # tags
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.asked: list[LanSide] = []  # of the last look at the LAN
         self.ended: Exception | None = None
@@ -300,6 +307,8 @@ class World:
         patch(colo_backup, "GuestLayout", mock.Mock())
         patch(colo_backup, "SvmEngine", lambda *_: self.engine)
         patch(colo_backup.birth, "Restorer", lambda name: Restorer(self))
+        patch(colo_backup, "domain_named", self._domain_named)
+        patch(colo_backup.leftovers, "claim", self._claim)
         patch(colo_backup.toolstack, "destroy", self._destroy)
         patch(colo_backup.toolstack, "rename", lambda domid, name: self.faults.step("rename"))
         self.xl_config: dict[str, Any] = {"nics": [{"bridge": "rcbabcdef.0", "mac": "02:00:00:00:00:02"}]}
@@ -342,6 +351,16 @@ class World:
     def _change_config(self, domid: int, alter: Callable[[dict[str, Any]], None]) -> None:
         self.faults.step("change_config")
         alter(self.xl_config)
+
+    @contextlib.contextmanager
+    def _claim(self, tag: str) -> Iterator[None]:
+        """The kernel's is for all processes, and other tests may run beside this one."""
+        self.claimed.add(tag)
+        yield
+        self.claimed.remove(tag)
+
+    def _domain_named(self, _store: object, name: str) -> int | None:
+        return DOMID if self.svm_exists and name == "web--secondary" else None
 
     def _destroy(self, domid: int) -> None:
         assert domid == DOMID
@@ -415,6 +434,7 @@ class World:
         """Nothing is left of it."""
         assert not self.svm_exists
         assert self.path.closed
+        assert not self.claimed
         assert self.engine.closed or "start" not in self.faults.steps
         assert self.events[-1][0] == "ended"
 

@@ -81,7 +81,9 @@ def udp6(payload: bytes, port: int = 53, to: bytes = bytes(15) + b"\2") -> bytes
 
 
 class Bench:
-    """A comparator with numbered packets (from 1 on), checked after each call.  ``ethertype`` is that of ``p`` and ``s``."""
+    """A comparator with numbered packets (from 1 on), checked after each call.  ``ethertype`` is that of
+    ``p`` and ``s``.
+    """
 
     def __init__(self, ethertype: int = IPV4, **config: float) -> None:
         self.comparator = Comparator(CompareConfig(**config), 0.0)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A protection on the primary host without Xen: real session, loop, state machine, channels; guest and network are told of, and tell.
+"""A protection on the primary host without Xen: real session, loop, state machine, channels; guest and
+network are told of, and tell.
 
 :class:`World` is the host, :class:`Backup` the other one, as docs/protocol.rst has it, with a thread for each channel.
 """

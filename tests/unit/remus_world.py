@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""As ``primary_world``, for Remus: checkpoints come from a thread of their own, as libxenguest's do, and output is a device's."""
+"""As ``primary_world``, for Remus: checkpoints come from a thread of their own, as libxenguest's do, and
+output is a device's.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``remus`` and the backup agree on before a guest is copied: the clocks are measured, and the mode follows from them."""
+"""What ``remus`` and the backup agree on before a guest is copied: the clocks are measured, and the mode
+follows from them.
+"""
 
 from __future__ import annotations
 

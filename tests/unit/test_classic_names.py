@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every public name of Xen 4.4's modules: it is there with its parameters, or the table in docs/classic.rst says that it is gone."""
+"""Every public name of Xen 4.4's modules: it is there with its parameters, or the table in docs/classic.rst
+says that it is gone.
+"""
 
 from __future__ import annotations
 

@@ -228,8 +228,9 @@ def test_the_end_of_a_secondary(monkeypatch: pytest.MonkeyPatch) -> None:
     [("hvm", "web is an HVM guest"), ("pvh", "web is suspended"), ("pv", "web is suspended")],
 )
 def test_what_is_not_saved(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be saved of an HVM guest lacks its device model, and the domain is destroyed when it is saved.  One that
-    a remus left suspended may run on the backup, and would be resumed if saving failed."""
+    """What would be saved of an HVM guest lacks its device model, and the domain is destroyed when it is
+    saved.  One that a remus left suspended may run on the backup, and would be resumed if saving failed.
+    """
     pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
     from xen.xend import XendCheckpoint
 

@@ -59,8 +59,8 @@ def test_defaults() -> None:
 
 def test_everything_given() -> None:
     line = (
-        "--colo -p 9000 --no-compression --checkpoint cooperative --compare-timeout 500 --limits flows=9,held-bytes=5 --period 0 "
-        "--heartbeat-interval 100 --heartbeat-timeout 300 --verify 5 --log /tmp/x --status-json --verbose web backup"
+        "--colo -p 9000 --checkpoint cooperative --compare-timeout 500 --limits flows=9,held-bytes=5 "
+        "--period 0 --heartbeat-interval 100 --heartbeat-timeout 300 --verify 5 --log /tmp/x --status-json --verbose web backup"
     )
     assert cli.parse([*line.split(), "--fence", "/sbin/fence 'a b'"]) == ColoOptions(
         domain="web",
@@ -72,7 +72,6 @@ def test_everything_given() -> None:
         period_s=None,
         heartbeat_interval_s=0.1,
         heartbeat_timeout_s=0.3,
-        compression=False,
         verify_every=5,
         fence=("/sbin/fence", "a b"),
         log=Path("/tmp/x"),
@@ -98,11 +97,14 @@ def test_options_may_stand_anywhere_and_be_shortened_as_ever(line: str) -> None:
 
 
 def test_classic_options_without_a_meaning_for_colo_are_noted() -> None:
-    options = cli.parse(["-i", "100", "--timer", "--colo", "web", "backup"])
+    options = cli.parse(["-i", "100", "--timer", "--no-compression", "--colo", "web", "backup"])
     assert options.notes == (
         "--interval is not used with --colo: see --period",
         "--timer is not used with --colo",
+        "--no-compression is not used with --colo",
     )
+    options = cli.parse(["--compression", "--colo", "web", "backup"])
+    assert options.notes == ("--compression is not used with --colo",)
 
 
 @pytest.mark.parametrize(

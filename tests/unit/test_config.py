@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""xend-config.sxp: what counts, what is told, what is refused and in which words; and the command line's word over it."""
+"""xend-config.sxp: what counts, what is told, what is refused and in which words; and the command line's word
+over it.
+"""
 
 from __future__ import annotations
 
@@ -249,17 +251,20 @@ def test_remus_takes_from_the_file_what_is_not_given(written: Written) -> None:
     assert (options.port, options.tls, options.checkpoint) == (9000, None, CheckpointChoice.COOPERATIVE)
     assert options.limits == (("flows", 7), ("idle-flow-ms", 900))
     assert (options.compare_timeout_s, options.period_s, options.heartbeat_interval_s) == (0.5, None, 0.1)
-    assert (options.heartbeat_timeout_s, options.compression, options.verify_every) == (0.4, False, 7)
+    assert (options.heartbeat_timeout_s, options.verify_every) == (0.4, 7)
     assert (options.fence, options.notes) == (("/f", "a b"), ())
     line = (
         "--port 1 --checkpoint auto --period 3 --heartbeat-timeout 9000 --compression --verify 0 --fence /g"
     )
     options = cli.parse([*base, *line.split()])
     assert (options.port, options.checkpoint, options.period_s) == (1, CheckpointChoice.AUTO, 0.003)
-    assert (options.heartbeat_timeout_s, options.compression, options.verify_every) == (9.0, True, 0)
+    assert (options.heartbeat_timeout_s, options.verify_every) == (9.0, 0)
     assert options.fence == ("/g",)
     tls = cli.parse([*base, "--ssl", "--ssl-cert-file", "/c"])
     assert (tls.port, tls.tls, tls.notes) == (9001, TlsFiles(Path("/c"), None, Path("/ca")), ())
+    without_colo = ["--config", path, "web", "backup"]
+    assert not cli.parse(without_colo).compression
+    assert cli.parse([*without_colo, "--compression"]).compression
 
 
 def test_xend_relocation_ssl_is_the_senders(written: Written) -> None:

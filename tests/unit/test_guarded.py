@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,23 @@ PROGRAM = """
 """
 
 
+def program(body: str, *, stood: str = "suspended", timeout_s: float = 60.0, suspended: bool = False) -> str:
+    return textwrap.dedent(PROGRAM).replace("STOOD", repr(stood)).replace(
+        "TIMEOUT_S", str(timeout_s)
+    ).replace("SUSPENDED", repr(suspended)) + textwrap.indent(textwrap.dedent(body), " " * 4)
+
+
 def run(
     folder: Path, body: str, *, stood: str = "suspended", timeout_s: float = 60.0, suspended: bool = False
 ) -> tuple[int, str]:
     """Exit status, and what was said."""
-    program = textwrap.dedent(PROGRAM).replace("STOOD", repr(stood)).replace(
-        "TIMEOUT_S", str(timeout_s)
-    ).replace("SUSPENDED", repr(suspended)) + textwrap.indent(textwrap.dedent(body), " " * 4)
     done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)],
+        [
+            sys.executable,
+            "-c",
+            program(body, stood=stood, timeout_s=timeout_s, suspended=suspended),
+            str(folder),
+        ],
         cwd=TREE,
         capture_output=True,
         text=True,
@@ -128,3 +137,49 @@ def test_a_guest_that_is_left_suspended_is_resumed(tmp_path: Path, body: str) ->
     _, said = run(tmp_path, body, suspended=True)
     assert "web goes on UNPROTECTED" in said
     assert "'resume': True" in (tmp_path / "recover").read_text()
+
+
+def test_a_log_that_cannot_be_written_any_more(tmp_path: Path) -> None:
+    """The guest is let run all the same."""
+    (tmp_path / "log").mkdir()
+    _, said = run(tmp_path, "die()")
+    assert "cannot write the log file" in said
+    assert "web goes on UNPROTECTED" in said
+    assert (tmp_path / "recover").exists()
+    assert record(tmp_path) == ""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_a_standard_file_that_was_closed_is_no_other_file(tmp_path: Path, closed: tuple[int, ...]) -> None:
+    """As cron jobs and daemons start commands: the lock would have got its number, and the guard put /dev/null in its place."""
+    starter = f"""
+        import os, sys
+        sys.path.insert(0, {str(TREE)!r})
+        for number in {closed}:
+            os.close(number)
+        os.execv(sys.executable, [sys.executable, "-c", {inside_a_command("die()")!r}, {str(tmp_path)!r}])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(starter)], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert "Traceback" not in done.stderr
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (tmp_path / "recover").exists() or record(tmp_path):
+        assert time.monotonic() < deadline_s, "the guard did not do all of its work"
+        time.sleep(0.01)
+    assert events(tmp_path)[0]["event"] == "recovered"
+
+
+def inside_a_command(body: str) -> str:
+    """The program, as the body of a command."""
+    lines = program(body).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("with "))
+    inner = [*lines[:start], "def run(argv):", *(f"    {line}" for line in lines[start:])]
+    return "\n".join(
+        [
+            f"import sys; sys.path.insert(0, {str(TREE)!r})",
+            *inner,
+            "from remus_colo import command",
+            "sys.exit(command.run_command('remus', [], run, verbose=True))",
+        ]
+    )

@@ -194,7 +194,9 @@ def test_before_the_rewriter_a_connection_may_have_been_idle(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("flags", [SYN, SYN | ACK])
 def test_a_checkpoint_within_a_handshake_of_which_the_capture_shows_both(tmp_path: Path, flags: int) -> None:
-    """The SVM of the capture was no copy of the PVM when the replay takes its checkpoint: its own SYN comes behind it."""
+    """The SVM of the capture was no copy of the PVM when the replay takes its checkpoint: its own SYN comes
+    behind it.
+    """
     ours = [
         (0, udp(b"alone")),
         (990, tcp(1000, 50, flags)),

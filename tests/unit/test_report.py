@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import io
@@ -10,13 +11,16 @@ import json
 import logging
 import os
 import pty
+import termios
+import threading
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
-from remus_colo import report
+from remus_colo import outlet, report
 from remus_colo.errors import ConfigError
 from remus_colo.report import (
     EventLog,
@@ -27,6 +31,8 @@ from remus_colo.report import (
     format_count,
     format_status,
 )
+
+PATIENCE_S = 60
 
 FULL = Stats(
     domain="web",
@@ -256,10 +262,97 @@ def test_a_broken_stream_is_left_alone(make: Any, caplog: pytest.LogCaptureFixtu
     with open(writer, "w", closefd=False) as stream:
         status = make(stream)
         status.update(FULL, 0.0)
+        status.close()
         status.update(FULL, 100.0)
         status.say("more")
         status.close()
-        os.close(writer)
-        with pytest.raises(OSError):
-            stream.close()
+    os.close(writer)
     assert len([record for record in caplog.records if "can no longer be shown" in record.getMessage()]) == 1
+
+
+@pytest.fixture
+def unread() -> Iterator[Callable[[str], TextIO]]:
+    """Streams that take no more than they have room for: a pipe without a reader, a terminal stopped by Ctrl-S."""
+    with contextlib.ExitStack() as stack:
+
+        def make(kind: str) -> TextIO:
+            reader, writer = os.pipe() if kind == "pipe" else pty.openpty()
+            stack.callback(os.close, reader)
+            if kind == "terminal":
+                termios.tcflow(writer, termios.TCOOFF)
+            return stack.enter_context(open(writer, "w"))
+
+        yield make
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+@pytest.mark.parametrize("make", [TerminalStatus, PlainStatus, JsonStatus])
+def test_nobody_waits_for_who_does_not_read(
+    make: Any, kind: str, unread: Callable[[str], TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that reports is the one that releases the guest's output."""
+    monkeypatch.setattr(outlet, "FLUSH_TIMEOUT_S", 0.01)
+    status = make(unread(kind))
+
+    def talk() -> None:
+        for number in range(3000):
+            status.update(FULL, 1000.0 * number)
+            status.say("x" * 100)
+        status.close()
+
+    talker = threading.Thread(target=talk, daemon=True)
+    talker.start()
+    talker.join(PATIENCE_S)
+    assert not talker.is_alive()
+
+
+def test_an_event_log_that_is_a_pipe_keeps_nobody_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    log = EventLog(path)
+    talker = threading.Thread(target=lambda: [log.event("x" * 100) for _ in range(3000)], daemon=True)
+    talker.start()
+    talker.join(PATIENCE_S)
+    assert not talker.is_alive()
+    assert log.lost > 0
+    log.close()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_nor_do_log_lines_keep_anybody_waiting(kind: str, unread: Callable[[str], TextIO]) -> None:
+    handler = outlet.LogOutlet(unread(kind))
+    record = logging.makeLogRecord({"msg": "x" * 100})
+    talker = threading.Thread(target=lambda: [handler.emit(record) for _ in range(3000)], daemon=True)
+    talker.start()
+    talker.join(PATIENCE_S)
+    assert not talker.is_alive()
+
+
+def test_what_is_said_comes_out_in_order_and_all_of_it() -> None:
+    reader, writer = os.pipe()
+    with open(writer, "w", encoding="ascii") as stream:
+        status = PlainStatus(stream)
+        for number in range(100):
+            status.say(f"{number} \u00e9")
+        status.close()
+    with open(reader, encoding="ascii") as said:
+        assert said.read() == "".join(f"{number} \\xe9\n" for number in range(100))
+
+
+def test_a_process_that_was_forked_says_it_itself() -> None:
+    """The guard, which has no thread but its own."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        said = outlet.Outlet(stream)
+        said.write("first\n")
+        said.flush()
+        child = os.fork()
+        if not child:
+            said.write("second\n")
+            said.flush()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with open(reader) as both:
+        assert both.read() == "first\nsecond\n"

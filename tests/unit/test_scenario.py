@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pure parts of scenarios: figures out of events, a host's state out of what its tools print, the demo's verdict."""
+"""The pure parts of scenarios: figures out of events, a host's state out of what its tools print, the demo's
+verdict.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def test_a_guests_clock_that_gained_or_lost_time_is_a_fault() -> None:
         assert "clock was off by" in faults(told(), [dataclasses.replace(GOOD, shift_ms=shift)])[0]
     # Each takeover may add the error of its own measurement.
     assert faults(told(), [GOOD, dataclasses.replace(GOOD, shift_ms=(7.5, 12.0))]) == []
-    # A guest that suspends itself stops its clock meanwhile, and the others go on: once if its checkpoints are transparent.
+    # A guest that suspends itself stops its clock meanwhile, and the others go on: once if its checkpoints
+    # are transparent.
     once = told(skew={"realtime": [0, 0, 900 * MS], "boottime": [0, 0, 900 * MS]})
     assert faults(once, [dataclasses.replace(GOOD, shift_ms=(-900.0, -800.0))]) == []
     slept = told(skew={"realtime": [0, 0, 5000 * MS], "boottime": [0, 0, 5000 * MS]})

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from remus_colo import service
-from remus_colo.errors import ConfigError
+from remus_colo import daemon, service
+from remus_colo.errors import ConfigError, ExitStatus, HostError
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 30.0
@@ -121,7 +121,7 @@ def test_the_pid_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 BEGIN = """
 import logging, os, signal, sys, time
 from pathlib import Path
-from remus_colo import service
+from remus_colo import daemon, service
 folder = Path(sys.argv[1])
 service.set_up_logging(logging.INFO, folder / "log")
 background = service.Background()
@@ -169,3 +169,22 @@ def test_the_command_ends_with_the_service_that_could_not_begin(
 ) -> None:
     done = command(f"print('cannot', file=sys.stderr, flush=True)\n{end}\n", tmp_path)
     assert (done.returncode, done.stderr) == (status, "cannot\n")
+
+
+def test_a_second_remusd_leaves_the_firsts_pid_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds the port taken, and nothing else tells that the first one is there."""
+
+    def taken(options: object) -> None:
+        raise HostError("cannot listen on * port 8002: Address already in use")
+
+    monkeypatch.setattr(daemon, "Daemon", taken)
+    monkeypatch.setattr(daemon, "check_root", lambda command: None)
+    monkeypatch.setattr(daemon.bindings, "lowlevel", lambda name: None)
+    monkeypatch.setattr(daemon.kmod, "load", lambda module, purpose: None)
+    monkeypatch.setattr(daemon.service, "set_up_logging", lambda level, log_file: None)
+    pid = tmp_path / "pid"
+    pid.write_text("77\n")
+    assert daemon.main(["--foreground", "--pid-file", str(pid)]) == ExitStatus.HOST
+    assert pid.read_text() == "77\n"

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
+from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from backup_world import DOMID, NOW_NS, World
+from backup_world import DOMID, NOW_NS, PATIENCE_S, World
 
 from remus_colo.errors import DomainError, HostError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.failover.backup import UnknownPolicy
 from remus_colo.proxy.rewriter import Connection
 from remus_colo.relocation.schema import MessageType
-from remus_colo.session import inherited
+from remus_colo.session import backup, inherited
+from remus_colo.session.colo_backup import STREAM_PIECES
 
 ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
 error_of_each_kind = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -76,7 +80,9 @@ def test_what_a_killed_remusd_has_left_is_named_and_left_alone() -> None:
 
 
 def test_a_domain_that_has_the_guests_own_name_is_in_the_way() -> None:
-    """The guest as it was before an earlier failover, say, that was started again with its host: with the same addresses."""
+    """The guest as it was before an earlier failover, say, that was started again with its host: with the
+    same addresses.
+    """
     world = World(names={"3": "other", "4": "web"})
     with world.running() as primary:
         reason = primary.expect(MessageType.REFUSE).fields["reason"]
@@ -469,3 +475,69 @@ def test_what_is_no_checkpoint_counts_as_a_lost_primary() -> None:
     world.assert_gone()
     assert any(name == "primary-lost" and "Remus" in fields["reason"] for name, fields in world.events)
     assert not isinstance(world.ended, RemusError)
+
+
+def test_protection_that_ends_while_xl_is_slower_than_the_network() -> None:
+    """What has come and waits for xl is not fed to it any more, and nothing more is waited for."""
+    world = World()
+    go_on = threading.Event()
+    world.faults.at["feed"] = lambda: go_on.wait(PATIENCE_S)
+    with world.running() as primary:
+        for _ in range(STREAM_PIECES + 2):
+            primary.data.send_bulk(MessageType.CREATE_STREAM, 0, [b"guest"])
+        wait_until(world.session._chunks.full)
+        primary.control.send_control(MessageType.STOP, 0, {"reason": "done"})
+        world.await_state_after("creating")
+        go_on.set()
+        primary.expect(MessageType.BYE)
+    world.assert_gone()
+    assert world.faults.steps.count("feed") == 1
+    assert "finish" not in world.faults.steps
+    assert "restore.abort" in world.faults.steps
+
+
+@pytest.mark.parametrize("end", ["lost", "stopped"])
+def test_a_restore_that_is_given_up_and_leaves_a_domain(end: str) -> None:
+    """xl was killed as it took its time, or had the whole guest already."""
+    world = World()
+    world.xl_leaves_it = True
+    with world.running() as primary:
+        primary.data.send_bulk(MessageType.CREATE_STREAM, 0, [b"guest"])
+        wait_until(lambda: "feed" in world.faults.steps)
+        if end == "lost":
+            primary.leave()
+        else:
+            primary.stop()
+    world.assert_gone()
+    assert world.destroyed == 1
+
+
+@pytest.mark.parametrize("primary_lost", [False, True])
+def test_a_checkpoint_that_is_never_loaded(monkeypatch: pytest.MonkeyPatch, primary_lost: bool) -> None:
+    """The primary's clients wait for it: it is told that protection is over."""
+    monkeypatch.setattr(backup, "APPLY_TIMEOUT_S", 0.2)
+    world = World()
+    go_on = threading.Event()
+    with world.running() as primary:
+        primary.begin()
+        world.faults.at["apply"] = lambda: go_on.wait(PATIENCE_S)
+        primary.prepare()
+        primary.send_checkpoint()
+        primary.expect(MessageType.ACK)
+        if primary_lost:
+            primary.leave()
+        else:
+            reason = primary.expect(MessageType.ABORT).fields["reason"]
+            assert "checkpoint 1 was not loaded within 0.2 s" in reason
+        wait_until(lambda: world.states()[-1] == "standing down")
+        assert not world.engine.closed
+        go_on.set()
+    world.assert_gone()
+    assert world.destroyed == 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.002)

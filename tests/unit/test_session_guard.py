@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from remus_colo.errors import DomainError, PeerLost
+from remus_colo.errors import DomainError, HostError, PeerLost
 from remus_colo.session import lock
 from remus_colo.session.guard import Guard
 from remus_colo.session.lock import only_one
@@ -136,6 +139,31 @@ def test_a_guard_is_not_ended_with_what_it_guards(tmp_path: Path, number: str) -
     assert guarded.remains()[0] == guarded.process.pid
 
 
+@pytest.mark.parametrize("name", ["café", "ein langer Name mit Umlauten: äöü", "x" * 200, "\udcff"])
+def test_a_guest_with_an_odd_name(name: str) -> None:
+    """The guard bears its name, as far as a process can."""
+    guard = Guard(name, lambda remains: None)
+    try:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not Path(f"/proc/{guard._pid}/comm").read_bytes().startswith(b"guard-"):
+            assert time.monotonic() < deadline_s, "it has no name, if it is there at all"
+            time.sleep(0.002)
+        guard.note_tag("abcdef")
+    finally:
+        guard.end()
+
+
+def test_a_guard_that_is_killed_before_protection_begins() -> None:
+    guard = Guard("web", lambda remains: None)
+    os.kill(guard._pid, signal.SIGKILL)
+    os.waitid(os.P_PID, guard._pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(HostError, match=f"the process {guard._pid} that was to guard this one is gone"):
+        guard.note_tag("abcdef")
+    with pytest.raises(HostError):
+        guard.hold(0)
+    guard.end()
+
+
 def test_a_guard_that_fails_says_so(tmp_path: Path) -> None:
     guarded = Guarded(tmp_path / "no folder" / "told", "die()")
     _, said = guarded.process.communicate(timeout=PATIENCE_S)
@@ -229,3 +257,34 @@ def test_one_while_a_guard_cleans_up(run_dir: Path, cleaned: list[tuple[str, ...
             only_one(7, "web"),
         ):
             pass
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_full_file_system(
+    run_dir: Path, cleaned: list[tuple[str, ...]], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told in a sentence, whether it is so at once or later; the next one finds all in order."""
+
+    class Full(io.FileIO):
+        room_lines = room
+
+        def write(self, line: Any, /) -> int:
+            self.room_lines -= 1
+            if self.room_lines < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(line)
+
+    monkeypatch.setattr(lock, "open", lambda path, mode, buffering: Full(path, mode), raising=False)
+    with (
+        pytest.raises(HostError, match=f"cannot write to {run_dir}.*No space left on device; see `df "),
+        only_one(7, "web") as record,
+    ):
+        record.note_tag("abcdef")
+    assert (run_dir / "protect-7.lock").read_text() == ""
+
+
+def test_a_run_directory_that_cannot_be_made(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run_dir / "file").write_text("")
+    monkeypatch.setattr(lock, "RUN_DIR", run_dir / "file" / "remus_colo")
+    with pytest.raises(HostError, match="Not a directory"), only_one(7, "web"):
+        pass

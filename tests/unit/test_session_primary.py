@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
-from primary_world import World
+from primary_world import DOMID, World
 
+from remus_colo.adapters import backend
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.errors import ExitStatus, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.primary import PrimaryEvent
@@ -83,6 +85,34 @@ def test_whatever_fails_the_guest_goes_on(mode: Mode, step: str, error: Exceptio
     assert world.backup.received.count(MessageType.STOP) == 1
     assert world.path.dropped is False
     assert "error" in world.names()
+
+
+def test_a_guest_that_loses_an_interface() -> None:
+    """What was about to be done with it fails, which says little."""
+    world = World()
+    world.faults.planned["hold_input"] = NetworkError("cannot change the plug of vif7.0: No such device")
+    world.path.links.exists.return_value = False
+    assert world.run() is ExitStatus.DOMAIN
+    assert str(world.session.failure).startswith(f"vif{DOMID}.0 is gone: if the guest was not destroyed")
+    world.assert_clean()
+
+
+@pytest.mark.parametrize("more", [{f"vif{DOMID}.0", f"vif{DOMID}.0-emu"}, {f"vif{DOMID}.1"}], ids=str)
+def test_a_guest_that_gets_an_interface(monkeypatch: pytest.MonkeyPatch, more: set[str]) -> None:
+    """Nobody would hold what it says there, and nobody would say it after a failover."""
+    world = World()
+    monkeypatch.setattr(backend, "interfaces", lambda domid: {f"vif{domid}.0"})
+
+    def protected() -> None:
+        monkeypatch.setattr(backend, "interfaces", lambda domid: more)
+        world.loop.call_later(0.01, world.session._check_guest)
+        world.loop.call_later(0.1, world.session.request_stop)
+
+    world.on_event["protected"] = protected
+    new = f"vif{DOMID}.1" in more
+    assert world.run() is (ExitStatus.DOMAIN if new else ExitStatus.OK)
+    assert (f"the guest has got vif{DOMID}.1" in str(world.session.failure)) is new
+    world.assert_clean()
 
 
 def test_a_guest_that_has_suspended_when_its_stop_fails_runs_before_the_end() -> None:
@@ -206,6 +236,36 @@ def test_a_doubt_that_lasts_is_told_once(
     world.on_event["protected"] = world.backup.leave
     world.run()
     assert ["nobody can tell" in record.message for record in caplog.records].count(True) == 1
+
+
+def test_a_host_that_is_cut_off_from_backup_and_lan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backup finds nobody there and takes over: what the guest says is held until the LAN tells."""
+    world = World()
+    answers: Iterator[bool | None] = iter([None, True])
+    monkeypatch.setattr(world.session._lan, "unplugged", lambda: True)
+    monkeypatch.setattr(world.session._lan, "secondary_active", lambda *_: next(answers))
+    monkeypatch.setattr("remus_colo.session.doubt.INTERVAL_S", 0.01)
+    world.on_event["protected"] = world.backup.leave
+    assert world.run() is ExitStatus.FENCED
+    assert "release_all" not in world.steps
+    assert world.engine.guest.gone
+
+
+def test_an_arbiter_that_fails_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(fence=("unused",))
+    answers: Iterator[Exception | bool] = iter([RuntimeError("a mistake"), False])
+
+    def judge(_known: object) -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(world.session._doubt, "_judge", judge)
+    monkeypatch.setattr("remus_colo.session.doubt.INTERVAL_S", 0.01)
+    world.on_event["protected"] = world.backup.leave
+    assert world.run() is ExitStatus.UNPROTECTED
+    world.assert_clean()
 
 
 @pytest.mark.parametrize("mode", MODES)

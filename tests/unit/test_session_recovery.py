@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A guest that stands still since its ``remus`` was killed, at whatever point of a checkpoint or of its resume as a new domain."""
+"""A guest that stands still since its ``remus`` was killed, at whatever point of a checkpoint or of its
+resume as a new domain.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ SUSPENDED: dict[str, Any] = {"shutdown": True, "shutdown_reason": int(ShutdownRe
 
 
 class Guest:
-    """Xen's rules, as far as they matter here: pauses nest, a soft reset wants a domain that is shut down, and ends that."""
+    """Xen's rules, as far as they matter here: pauses nest, a soft reset wants a domain that is shut down,
+    and ends that.
+    """
 
     domid = 7
 

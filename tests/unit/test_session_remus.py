@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A protection by Remus on the primary host, from its beginning to whatever ends it: the guest must go on, as it was."""
+"""A protection by Remus on the primary host, from its beginning to whatever ends it: the guest must go on, as
+it was.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ PATIENCE_S = 30
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     """As in a shell, also if the tests run under nohup; and as before when a test has ended."""
-    numbers = (*signals.ENDING, signal.SIGTTIN)
+    numbers = (*signals.ENDING, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
     of_whoever_runs_it = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     before = [signal.getsignal(number) for number in numbers]
     yield
@@ -96,6 +96,23 @@ def test_a_look_at_the_terminal_from_the_background_does_not_stop_it() -> None:
         assert os.waitstatus_to_exitcode(status) == 7
     finally:
         os.close(terminal)
+
+
+@pytest.mark.parametrize("name", ["SIGTSTP", "SIGTTIN", "SIGTTOU"])
+def test_what_would_stop_it_does_not(name: str) -> None:
+    """Ctrl-Z is no wish to have the backup take over."""
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        with signals.ending(lambda name: None):
+            os.kill(os.getpid(), getattr(signal, name))
+        os._exit(7)
+    _, status = os.waitpid(child, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert os.WIFEXITED(status)
+    assert os.waitstatus_to_exitcode(status) == 7
 
 
 def test_a_line_without_an_end_is_not_kept() -> None:

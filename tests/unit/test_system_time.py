@@ -52,7 +52,7 @@ class Xen:
 @pytest.fixture
 def xen(monkeypatch: pytest.MonkeyPatch) -> Xen:
     xen = Xen()
-    monkeypatch.setattr(xenctrl, "_native", lambda: (xen.lib, xen.ffi))
+    monkeypatch.setattr(xenctrl, "compiled_for_xen", lambda: (xen.lib, xen.ffi))
     return xen
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from remus_colo import primary, remus
 from remus_colo.adapters import toolstack
+from remus_colo.checkpoint import birth
 from remus_colo.errors import DomainError, HostError
 
 
@@ -61,3 +62,40 @@ def test_a_copy_is_not_what_is_to_be_protected(xl: Path, suffix: str, run: Calla
     xl.chmod(0o755)
     with pytest.raises(DomainError, match=f"web{suffix} is the copy of a guest .*xl rename web{suffix} web"):
         run(mock.Mock(domain=f"web{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("xl_does", "made"),
+    [("exit 0", True), ("exit 1", False), ("kill -9 $$", True), ("exec sleep 1000", True)],
+)
+def test_what_a_restore_that_was_given_up_may_have_left(
+    xl: Path, monkeypatch: pytest.MonkeyPatch, xl_does: str, made: bool
+) -> None:
+    """An xl that was killed has not destroyed what it had half made."""
+    monkeypatch.setattr(birth, "ABORT_TIMEOUT_S", 0.1 if "sleep" in xl_does else 60.0)
+    xl.write_text(f"#!/bin/sh\n{xl_does}\n")
+    xl.chmod(0o755)
+    restorer = birth.Restorer("web--secondary")
+    assert not restorer.made
+    restorer.abort()
+    assert restorer.made is made
+
+
+def test_a_domain_with_a_name_in_another_encoding_is_in_nobodys_way(xl: Path) -> None:
+    """xl prints names as they are."""
+    uuid = "4e7a4b1e-0000-4000-8000-00000000000a"
+    xl.write_bytes(
+        b"#!/bin/sh\nprintf 'UUID ID name\\n%s 3 caf\\351\\n%s 7 web\\n' 00000000 " + uuid.encode()
+    )
+    xl.chmod(0o755)
+    assert toolstack.find_domain(uuid) == 7
+
+
+@pytest.mark.parametrize("run", [primary.run, remus.run], ids=["COLO", "Remus"])
+@pytest.mark.parametrize("name", ["my guest", "-web", "web\u200b"])
+def test_a_name_that_the_backup_would_refuse(xl: Path, name: str, run: Callable[[object], int]) -> None:
+    """It would call the message malformed, which helps nobody."""
+    xl.write_text(f"#!/bin/sh\nprintf '%s\\n' {shlex.quote(name)}\n")
+    xl.chmod(0o755)
+    with pytest.raises(DomainError, match=r"domain 7 has the name .*\(xl rename 7 NAME\)"):
+        run(mock.Mock(domain="7"))

@@ -19,7 +19,9 @@ class error(Exception):  # the name is the old module's
 
 
 class checkpointer:
-    """``open`` it for a domain, ``start`` checkpoints, ``close`` it; that is done at the latest when the object goes."""
+    """``open`` it for a domain, ``start`` checkpoints, ``close`` it; that is done at the latest when the
+    object goes.
+    """
 
     _domain: protection.Domain | None = None
 
@@ -40,9 +42,11 @@ class checkpointer:
         interval: int = 0,
         flags: int = 0,
     ) -> None:
-        """Take checkpoints until ``checkpoint_cb`` returns something false, other than None; one if there is no such callback.
+        """Take checkpoints until ``checkpoint_cb`` returns something false, other than None; one if there is
+        no such callback.
 
-        :param iofile: an object with a ``fileno``, written to by checkpoint; a ``MigrationSocket`` sends them to ``remusd``.
+        :param iofile: an object with a ``fileno``, written to by checkpoint; a ``MigrationSocket`` sends them
+            to ``remusd``.
         :param suspend_cb: called when the guest has suspended; something false, other than None, ends it all.
         :param postcopy_cb: called before the guest is resumed, whatever it returns.
         :param checkpoint_cb: called when a checkpoint is written, or, by a ``MigrationSocket``, acknowledged.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Devices that go along with a domain's checkpoints.
 
-A script makes them, and calls their hooks in its own: ``postsuspend`` after the guest has suspended, ``preresume`` before it is
-resumed, ``commit`` when the backup has the checkpoint.
+A script makes them, and calls their hooks in its own: ``postsuspend`` after the guest has suspended,
+``preresume`` before it is resumed, ``commit`` when the backup has the checkpoint.
 """
 
 from __future__ import annotations
@@ -298,8 +298,8 @@ class Netbufpool:
 class BufferedNIC(CheckpointedDevice):
     """Holds a domain's output between checkpoints, so that nothing is seen that a failover might not know about.
 
-    Where a script does not get to :meth:`uninstall`, that is done when the object goes, or the process ends: otherwise the guest
-    would be cut off for good.
+    Where a script does not get to :meth:`uninstall`, that is done when the object goes, or the process ends:
+    otherwise the guest would be cut off for good.
 
     :ivar bufdev: the device that the output goes through, and ``bufdevno`` its index.
     :ivar q: the plug, as a message has it; its ``action`` is the last one.
@@ -386,8 +386,9 @@ def _undo_here(undo: contextlib.ExitStack, pid: int) -> None:
 
 
 def _take_out(plug: Plug, ifname: str) -> None:
-    """What is held gets time to leave: removed at once, the plug would drop it.  Not while checkpoints are under way, or when the guest
-    goes on elsewhere: what no complete checkpoint has would then have been seen."""
+    """What is held gets time to leave: removed at once, the plug would drop it.  Not while checkpoints are
+    under way, or when the guest goes on elsewhere: what no complete checkpoint has would then have been seen.
+    """
     if protection.withholds(ifname):
         plug.drop()
     else:

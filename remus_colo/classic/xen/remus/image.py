@@ -46,8 +46,9 @@ class VMParseException(Exception):
 
 
 def of_octets(file: Any) -> Any:
-    """The file, or what is beneath it if it is one of text: ``open(path, 'w')`` and ``sys.stdout``, which 2to3 leaves as they are,
-    took octets in Python 2."""
+    """The file, or what is beneath it if it is one of text: ``open(path, 'w')`` and ``sys.stdout``, which
+    2to3 leaves as they are, took octets in Python 2.
+    """
     return getattr(file, "buffer", file) if isinstance(file, io.TextIOBase) else file
 
 

@@ -262,7 +262,9 @@ class rtnl:
         return next(iter(self.getqdiscs(dev).values()), None)
 
     def getqdiscs(self, dev: int | str | None = None) -> dict[int, dict[str, Any]]:
-        """Root queueing disciplines by the index of their links: ``index``, ``handle``, ``kind``, ``options`` in octets."""
+        """Root queueing disciplines by the index of their links: ``index``, ``handle``, ``kind``, ``options``
+        in octets.
+        """
         about = tcmsg()
         if dev is not None:
             link = self.getlink(dev)

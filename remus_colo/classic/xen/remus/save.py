@@ -55,8 +55,9 @@ class _Proxy:
 class CheckpointingFile(_Proxy):
     """A file for each round: ``path`` first, then ``path.1``, ``path.2``, ...
 
-    Saving has one descriptor for all of it: a pipe here, whose reader changes files at each :meth:`checkpoint`.  If a file takes
-    no more, the pipe is broken, and :meth:`checkpoint` and :meth:`close` raise the reason.
+    Saving has one descriptor for all of it: a pipe here, whose reader changes files at each
+    :meth:`checkpoint`.  If a file takes no more, the pipe is broken, and :meth:`checkpoint` and :meth:`close`
+    raise the reason.
     """
 
     def __init__(self, path: str) -> None:
@@ -285,9 +286,10 @@ class ColoSaver(Saver):
     """As :class:`Saver`, with a second copy of the guest that runs on the backup, and output that is compared.
 
     :param fd: a ``MigrationSocket``.
-    :param waitcheckpointcb: called in a thread of its own after each checkpoint: when it returns something true, the next one is
-        taken, if the guest's output has not asked for one before; something false ends it all.  Without it output alone decides, and the
-        period.  ``nics`` are then its vifs, with their counters.
+    :param waitcheckpointcb: called in a thread of its own after each checkpoint: when it returns something
+        true, the next one is taken, if the guest's output has not asked for one before; something false ends
+        it all.  Without it output alone decides, and the period.  ``nics`` are then its vifs, with their
+        counters.
     :param interval: ms; a checkpoint at least so often, 0 for never.
     """
 

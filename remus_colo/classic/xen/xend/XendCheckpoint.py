@@ -124,7 +124,8 @@ def restore(
     :param xd: xend's; not used.
     :param fd: a descriptor to read from.
     :param paused: it is not to run yet.
-    :param colo: what ``remusd`` runs for a COLO stream, an object with a ``run``: the secondary's suspend, resume and finish.
+    :param colo: what ``remusd`` runs for a COLO stream, an object with a ``run``: the secondary's suspend,
+        resume and finish.
     :raise VmError: a domain of that name is here already.
     :raise XendError: the file is none, or the domain could not be made.
     """
