@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
+
 from remus_colo.classic import finder
 
-__path__ = [str(finder.HERE / "xen")]
+__path__ = [os.path.join(finder.HERE, "xen")]
 finder.extend(__path__, __name__)

@@ -11,30 +11,26 @@ imported, and ours is added to a ``xen`` that was there before.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import MutableSequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from pathlib import Path
+from importlib.machinery import ModuleSpec, PathFinder
 
-HERE = Path(__file__).resolve().parent
+# NB: every Python program of a host on which this is installed imports this module: no pathlib, no importlib.abc, which
+# take longer than all of the rest of Python's start.
+HERE = os.path.dirname(os.path.realpath(__file__))
 # Packages that both we and distributions have.
 MERGED = ("xen", "xen.lowlevel")
 
 
-class XenFinder(MetaPathFinder):
+class XenFinder:
     """Finds the top-level package ``xen``; its parts are then found through its ``__path__``."""
 
     @classmethod
     def find_spec(cls, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname != "xen":
             return None
-        folder = HERE / "xen"
-        return importlib.util.spec_from_file_location(
-            fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
+        return PathFinder.find_spec(fullname, [HERE])
 
 
 def install() -> None:
@@ -43,7 +39,7 @@ def install() -> None:
         sys.meta_path.insert(0, XenFinder)
     # What was imported before, from somewhere else, stays, and finds ours from now on.
     for name in MERGED:
-        module, folder = sys.modules.get(name), str(HERE.joinpath(*name.split(".")))
+        module, folder = sys.modules.get(name), os.path.join(HERE, *name.split("."))
         path = getattr(module, "__path__", [folder])  # while it is being imported it has none
         if module is not None and folder not in path:
             module.__path__ = [folder, *path]
