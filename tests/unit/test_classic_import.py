@@ -50,7 +50,7 @@ def imported(path: list[str], *lines: str) -> list[Path]:
     return [Path(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("order", itertools.permutations((INSTALL, THEIRS, OURS)))
+@pytest.mark.parametrize("order", list(itertools.permutations((INSTALL, THEIRS, OURS))))
 def test_both_are_one_package(distribution: Path, order: tuple[str, ...]) -> None:
     assert imported([str(REPOSITORY), str(distribution)], *order) == OUR_FILES
 
