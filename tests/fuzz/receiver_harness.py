@@ -33,7 +33,7 @@ from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.server import Server
 from remus_colo.relocation.wire import Message
 from remus_colo.session import backup
-from remus_colo.session.backup import BackupConfig
+from remus_colo.session.backup import BackupConfig, BackupSession
 from remus_colo.session.colo_backup import ColoBackupSession
 from remus_colo.session.creation import Creation
 from remus_colo.session.loop import Loop
@@ -96,6 +96,9 @@ class Session(ColoBackupSession):
 
     def _resume_svm(self) -> None:
         pass
+
+    def _send_ack(self) -> None:
+        BackupSession._send_ack(self)  # thin air has said nothing that is to be dropped first
 
     def _send_resumed(self) -> None:
         self.event("applied", epoch=self._epoch)
