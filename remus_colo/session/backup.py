@@ -319,11 +319,13 @@ class BackupSession(abc.ABC):
     ) -> None:
         """As :meth:`_svm_thread`, for the load of a checkpoint: one that takes too long has failed, whatever
         comes of it yet.
+
+        Not once the primary is lost: nobody waits for it then, and what is being loaded is the guest.
         """
         epoch = self._epoch
 
         def late() -> None:
-            if self.machine.state in (BackupState.APPLYING, BackupState.FINISHING):
+            if self.machine.state is BackupState.APPLYING:
                 self._svm_failed(
                     DomainError(
                         f"checkpoint {epoch} was not loaded within {APPLY_TIMEOUT_S:g} s: see `xl list` and `dmesg` on the backup host"
