@@ -28,7 +28,14 @@ CLIENT_ADDRESS = "10.77.0.100"
 MGMT_GATEWAY = "10.79.0.254"
 IP_TIMEOUT_S = 20.0
 # bridge/port settings that keep a quiet net quiet and a new port usable at once
-BRIDGE = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
+BRIDGE = "type bridge stp_state 0 forward_delay 0"
+QUIET = "mcast_snooping 0"
+# NB: QEMU's TCG now and then forgets an interrupt (seen with 10.0: a halted CPU with interrupts on, and the timer's vector in
+# its IRR) until the next one comes.  A host that nobody talks to may stand still for minutes then; and Xen, whose platform
+# timer has wrapped meanwhile, takes some more to find its time again.  So nobody is left alone for longer than a second:
+# the management bridge asks for multicast listeners that often (IGMP; in hundredths of a second), without a process that
+# would have to live as long as the bed.
+PULSE = "mcast_snooping 1 mcast_querier 1 mcast_router 0 mcast_query_interval 100 mcast_startup_query_interval 100"
 
 SYSCTLS = {
     # Nobody speaks IPv6 by itself here: router and neighbour discovery would wake emulated CPUs.
@@ -101,7 +108,10 @@ class BedNetwork:
                 netns.write_sysctl(name, key, value)
         for role in NIC_ROLES:
             mtu = REPL_MTU if role == "repl" else LAN_MTU
-            self._batch(role, "link set lo up", f"link add {role} mtu {mtu} {BRIDGE}", f"link set {role} up")
+            settings = f"{BRIDGE} {PULSE if role == 'mgmt' else QUIET}"
+            self._batch(
+                role, "link set lo up", f"link add {role} mtu {mtu} {settings}", f"link set {role} up"
+            )
         # A host that boots is looked for from the first moment.  One that has not answered ARP by then would
         # be "no route".
         known = [

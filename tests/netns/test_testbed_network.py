@@ -72,7 +72,15 @@ def test_each_net_joins_the_hosts_and_no_other_net_hears_it(taps, role):
     # A frame that follows on every other net shows that nothing came before it.
     for other in NIC_ROLES:
         if other != role:
-            assert not select.select([taps["backup"][other]], [], [], 0)[0]
+            assert not receive(taps["backup"][other], b"hello", 0)
+
+
+def test_each_host_is_woken_again_and_again(taps):
+    question = bytes.fromhex("01005e000001")  # to all hosts that listen to a group (RFC 3376, 4.1.12)
+    for host in HOSTS:
+        for _ in range(3):
+            assert receive(taps[host]["mgmt"], question)
+        assert not receive(taps[host]["lan"], question, 0)
 
 
 def test_the_client_is_on_the_lan(network, taps):
