@@ -143,7 +143,7 @@ def test_failover_of_a_guest_that_a_script_protects(protection: Protection) -> N
     protection.http_get("/1k")
 
 
-@pytest.mark.parametrize("kind", ["primary", "backup"])
+@pytest.mark.parametrize("kind", ["primary", pytest.param("backup", marks=pytest.mark.long)])
 def test_failover(protection: Protection, chance: random.Random, kind: str) -> None:
     after_s = chance.uniform(2, 6)
     outcome = scenario_trial.run(

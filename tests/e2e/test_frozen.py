@@ -14,7 +14,8 @@ from remus_colo.testbed.scenario_trial import LOAD, client_faults
 END_TIMEOUT_S = 120.0
 
 
-@pytest.mark.parametrize("frozen_s", [pytest.param(6, marks=pytest.mark.long), 25])
+@pytest.mark.long
+@pytest.mark.parametrize("frozen_s", [6, 25])
 def test_a_primary_that_comes_back_stands_down(protection: Protection, frozen_s: float) -> None:
     """After the longer time the backup's words to it come late, since TCP repeats them ever less often."""
     protection.ensure_guest()

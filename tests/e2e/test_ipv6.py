@@ -29,7 +29,8 @@ def guest6(protection: Protection) -> None:
     subprocess.run(protection.bed.client_argv(["sh", "-ec", commands]), check=True)
 
 
-@pytest.mark.parametrize("colo", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("colo", [True, False])
 def test_failover(protection: Protection, guest6: None, chance: random.Random, colo: bool) -> None:
     after_s = chance.uniform(6, 10)
     load = {"target": GUEST_ADDRESS, "random_every": 4, "udp": 2}

@@ -56,6 +56,7 @@ def test_the_guest_goes_on(protection: Protection, chance: random.Random, mode: 
     daemon.stop()
 
 
+@pytest.mark.long
 def test_the_guest_goes_on_if_remus_is_killed_while_its_copy_is_born(
     protection: Protection, chance: random.Random
 ) -> None:

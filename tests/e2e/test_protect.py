@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from remus_colo.errors import ExitStatus
 from remus_colo.testbed.network import HOSTS
 from remus_colo.testbed.scenario import GUEST, Protection
@@ -30,6 +32,7 @@ def test_protection_begins_and_ends_without_a_trace(protection: Protection) -> N
         assert protection.state(host) == before[host]
 
 
+@pytest.mark.long
 def test_it_can_be_protected_again(protection: Protection) -> None:
     """By number this time, ended by Ctrl-C, with the same remusd serving both."""
     protection.ensure_guest()
