@@ -11,8 +11,9 @@ PATH = "/etc/xen/xend-config.sxp"
 
 # An emulated host on a shared CPU now and then stands still for more than a second: that is no dead host.
 HEARTBEAT_TIMEOUT_MS = 3000
-# An emulated SVM needs a second to fault its pages in again after each checkpoint: it is slow, not diverged.
-COMPARE_TIMEOUT_MS = 3000
+# An emulated SVM needs a second or two to fault its pages in again after each checkpoint: it is slow, not diverged, and a
+# checkpoint for that would make it slow once more.
+COMPARE_TIMEOUT_MS = 5000
 
 TEXT = f"""\
 # Of the test bed.  These hosts are emulated: real ones need no more than the defaults, 2000 and 1000 ms.

@@ -79,7 +79,7 @@ def test_over_tls_while_strangers_knock(configured: Protection) -> None:
     assert ports == [8003], "who asks for TLS means that port alone"
     run = configured.protect(config=CONFIG)
 
-    load = configured.start_load(15, **LOAD, drain=DRAIN_S)
+    load = configured.start_load(15, **(LOAD | {"drain": DRAIN_S}))
     # from a host that may connect but says nonsense, and from one that may not
     assert knock(configured, "primary", "10.78.0.1", 5) > 0
     assert knock(configured, "backup", "10.78.0.2", 5) > 0
