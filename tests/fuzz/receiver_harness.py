@@ -160,7 +160,7 @@ class Receiver:
             throttle=Throttle(burst=1 << 62),  # they are to be counted
         )
         self.port, self.ssl_port = (listener.port for listener in self.server.listeners)
-        self._thread = threading.Thread(target=self.server.run, name="accept")
+        self._thread = threading.Thread(target=self.server.run, name="accept", daemon=True)
         self._thread.start()
 
     def _event(self, name: str, /, **fields: Any) -> None:
@@ -217,7 +217,7 @@ class Healthy:
         self.data.send_bulk(MessageType.CREATE_STREAM, 0, [b"guest"])
         self.data.send_bulk(MessageType.CREATE_STREAM, 0, [])
         self._expect(MessageType.CREATED)
-        self._beat = threading.Thread(target=self._send_beats, name="healthy")
+        self._beat = threading.Thread(target=self._send_beats, name="healthy", daemon=True)
         self._beat.start()
 
     def _open(self, kind: str) -> Channel:
