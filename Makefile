@@ -29,7 +29,7 @@ FUZZ_SECONDS ?= 600
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
-	@echo 'make test     all tests (about 50 minutes)'
+	@echo 'make test     all tests (45 to 65 minutes)'
 	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus'
 	@echo '              GUEST=pvh|pv|hvm CHECKPOINT=auto RELEASE=debian-13|debian-12'
 	@echo 'make bench    what protection costs'
