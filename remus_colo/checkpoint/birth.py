@@ -7,9 +7,7 @@ itself; the backup feeds it to ``xl restore -p``.  The SVM is then a domain like
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import fcntl
 import os
 import subprocess
 import threading
@@ -20,21 +18,13 @@ from typing import Any
 from remus_colo.adapters import savestream, toolstack
 from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.checkpoint import libxlformat
+from remus_colo.checkpoint.pipes import wide_pipe
 from remus_colo.errors import XenError
 
 SECONDARY_SUFFIX = "--secondary"
 READ_BYTES = 1 << 20
 RESTORE_TIMEOUT_S = 300.0
 ABORT_TIMEOUT_S = 10.0
-
-
-def wide_pipe() -> tuple[int, int]:
-    """A pipe that takes :data:`READ_BYTES` at once, if the system lets us have one: each time that it is full or empty costs a
-    turn of two programs, and the usual 64 KiB are 16 pages."""
-    ends = os.pipe()
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, READ_BYTES)
-    return ends
 
 
 def secondary_name(name: str) -> str:

@@ -9,15 +9,14 @@ memory, to be sent when the guest runs again.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import mmap
 import os
 import threading
 from collections.abc import Callable
 
+from remus_colo.checkpoint.pipes import wide_pipe
+
 READ_BYTES = 1 << 20
-PIPE_BYTES = 1 << 20  # what a pipe holds at most without privilege (/proc/sys/fs/pipe-max-size)
 
 
 class Staging:
@@ -29,9 +28,7 @@ class Staging:
     def __init__(self, live: Callable[[bytes], None]) -> None:
         self._live = live
         self._memory = os.memfd_create("remus-checkpoint", os.MFD_CLOEXEC)
-        self._read_fd, self.fd = os.pipe()
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(self.fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._read_fd, self.fd = wide_pipe()
         self._failure: BaseException | None = None
         self._map: mmap.mmap | None = None
         self._staged = False
