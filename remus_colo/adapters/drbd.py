@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 
+from remus_colo.adapters.commands import run_apart
 from remus_colo.errors import HostError, NetworkError
 
 # Request numbers of the block device in Remus's DRBD, as libxl and Xen 4.4's tools use them.
@@ -25,15 +26,7 @@ def _run(*command: str) -> str:
             f"the {command[0]} command was not found: install drbd-utils, or detach the DRBD disk"
         )
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for us alone
-        )
+        done = run_apart(command, TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
         raise HostError(f"{' '.join(command)} did not end within {TIMEOUT_S:g} s") from error
     if done.returncode:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from remus_colo.adapters.commands import run_apart
 from remus_colo.errors import HostError
 
 log = logging.getLogger(__name__)
@@ -46,15 +47,7 @@ def load(module: str, purpose: str) -> None:
     if modprobe is None:
         raise missing(module, purpose, "modprobe is not installed")
     try:
-        done = subprocess.run(
-            [modprobe, "--", module],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_MODPROBE_TIMEOUT_S,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for us alone
-        )
+        done = run_apart([modprobe, "--", module], _MODPROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired as exc:
         raise missing(module, purpose, f"modprobe did not end within {_MODPROBE_TIMEOUT_S} s") from exc
     if done.returncode != 0:

@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Sequence
 
 from remus_colo.adapters import physdev
+from remus_colo.adapters.commands import run_apart
 from remus_colo.errors import HostError, NetworkError, RemusError
 
 log = logging.getLogger(__name__)
@@ -169,15 +170,7 @@ def _nft(script: str, *options: str) -> str:
     if nft is None:
         raise HostError("nft is not installed: install the package nftables")
     try:
-        done = subprocess.run(
-            [nft, *options, "-f", "-"],
-            input=script,
-            capture_output=True,
-            text=True,
-            timeout=_COMMAND_TIMEOUT_S,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for us alone
-        )
+        done = run_apart([nft, *options, "-f", "-"], _COMMAND_TIMEOUT_S, text=script)
     except subprocess.TimeoutExpired as exc:
         raise HostError(f"nft did not end within {_COMMAND_TIMEOUT_S} s") from exc
     if done.returncode != 0:

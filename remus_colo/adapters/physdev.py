@@ -16,6 +16,7 @@ import subprocess
 from pathlib import Path
 
 from remus_colo.adapters import kmod
+from remus_colo.adapters.commands import run_apart
 from remus_colo.errors import HostError
 
 MARK_PREFIX = "remus_colo_"
@@ -142,15 +143,7 @@ def _run(tool: str, *arguments: str) -> str:
         raise HostError(f"{tool} is not installed: install the package {tool.replace('ip6', 'ip')}")
     wait = [] if tool == "nft" else ["-w", str(_COMMAND_TIMEOUT_S)]
     try:
-        done = subprocess.run(
-            [path, *wait, *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=2 * _COMMAND_TIMEOUT_S,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for us alone
-        )
+        done = run_apart([path, *wait, *arguments], 2 * _COMMAND_TIMEOUT_S)
     except subprocess.TimeoutExpired as exc:
         raise HostError(f"{tool} did not end within {2 * _COMMAND_TIMEOUT_S} s") from exc
     if done.returncode != 0:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from typing import Any
 
+from remus_colo.adapters.commands import run_apart
 from remus_colo.errors import DomainError, HostError, XenError
 
 XL_TIMEOUT_S = 120.0
@@ -23,16 +24,7 @@ def _xl(*args: str, timeout_s: float = XL_TIMEOUT_S) -> str:
     if shutil.which("xl") is None:
         raise HostError("the xl command was not found: install your distribution's xen-utils package")
     try:
-        done = subprocess.run(
-            ("xl", *args),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",  # a domain's name may be in any encoding
-            timeout=timeout_s,
-            check=False,
-            start_new_session=True,  # Ctrl-C is for us alone
-        )
+        done = run_apart(("xl", *args), timeout_s)
     except subprocess.TimeoutExpired as error:
         raise XenError(
             f"xl {args[0]} did not end within {timeout_s:g} s", operation=f"xl {args[0]}"

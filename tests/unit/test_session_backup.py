@@ -6,12 +6,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from backup_world import DOMID, NOW_NS, PATIENCE_S, World
+from backup_world import DOMID, NOW_NS, PATIENCE_S, Primary, World
 
 from remus_colo.errors import DomainError, HostError, NetworkError, PeerLost, RemusError, XenError
 from remus_colo.failover.arbiter import Verdict
@@ -512,10 +512,12 @@ def test_a_restore_that_is_given_up_and_leaves_a_domain(end: str) -> None:
     assert world.destroyed == 1
 
 
-def test_a_checkpoint_that_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The primary's clients wait for it: it is told that protection is over."""
+@contextlib.contextmanager
+def stuck_in_a_load(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Primary, threading.Event]]:
+    """The first checkpoint is acknowledged, and is not loaded before the event is set: the time-out is shorter."""
     monkeypatch.setattr(backup, "APPLY_TIMEOUT_S", 0.2)
-    world = World()
     go_on = threading.Event()
     with world.running() as primary:
         primary.begin()
@@ -523,6 +525,13 @@ def test_a_checkpoint_that_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> N
         primary.prepare()
         primary.send_checkpoint()
         primary.expect(MessageType.ACK)
+        yield primary, go_on
+
+
+def test_a_checkpoint_that_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The primary's clients wait for it: it is told that protection is over."""
+    world = World()
+    with stuck_in_a_load(world, monkeypatch) as (primary, go_on):
         reason = primary.expect(MessageType.ABORT).fields["reason"]
         assert "checkpoint 1 was not loaded within 0.2 s" in reason
         wait_until(lambda: world.states()[-1] == "standing down")
@@ -535,15 +544,8 @@ def test_a_checkpoint_that_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_checkpoint_that_is_loaded_late_is_the_guest_if_the_primary_is_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backup, "APPLY_TIMEOUT_S", 0.2)
     world = World(verdict=Verdict.DEAD)
-    go_on = threading.Event()
-    with world.running() as primary:
-        primary.begin()
-        world.faults.at["apply"] = lambda: go_on.wait(PATIENCE_S)
-        primary.prepare()
-        primary.send_checkpoint()
-        primary.expect(MessageType.ACK)
+    with stuck_in_a_load(world, monkeypatch) as (primary, go_on):
         primary.leave()
         wait_until(lambda: world.states()[-1] == "finishing")
         late = threading.Event()
