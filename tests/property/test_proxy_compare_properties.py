@@ -176,7 +176,9 @@ class Connection:
 
 
 CONNECTIONS = st.builds(Connection, st.integers(0, MASK), st.integers(0, MASK), st.booleans(), st.booleans())
-NEW_CONNECTIONS = st.builds(Connection, st.integers(0, MASK), st.integers(0, MASK), st.booleans(), st.just(True))
+NEW_CONNECTIONS = st.builds(
+    Connection, st.integers(0, MASK), st.integers(0, MASK), st.booleans(), st.just(True)
+)
 
 
 @settings(max_examples=200, deadline=None)
