@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""cffi builder of ``remus_colo._native._compare``: the comparator, and what runs packets through it.
+"""cffi builder of ``remus_colo._native._compare``: the comparator, what runs packets through it, and compression.
 
 Needs a C compiler and the kernel's headers (linux-libc-dev), and nothing of Xen.
 """
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 # What Python sees; each needs only those before it.
-HEADERS = ("compare.h", "rewrite.h", "queue.h", "frames.h", "pump.h", "rewriting.h")
-FOLDERS = ("compare", "rewrite", "path")
+HEADERS = ("compare.h", "rewrite.h", "queue.h", "frames.h", "pump.h", "rewriting.h", "zeros.h")
+FOLDERS = ("compare", "rewrite", "path", "checkpoint")
 SOURCES = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.c"))
 INNER_HEADERS = sorted(path for folder in FOLDERS for path in (HERE / folder).glob("*.h"))
 COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""cffi builder of ``remus_colo._native._xen``: core.c, save.c and zeros.c over libxenctrl and its sisters."""
+"""cffi builder of ``remus_colo._native._xen``: core.c and save.c over libxenctrl and its sisters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 # Interfaces of libxenctrl that came or went between Xen 4.17 and 4.20 are not used, so one source fits all.
 LIBRARIES = ["xenctrl", "xenguest", "xenforeignmemory", "xendevicemodel", "xencall", "xentoollog"]
-HEADERS = ("core.h", "save.h", "zeros.h")
+HEADERS = ("core.h", "save.h")
 CALLBACKS = """
 extern "Python" int rc_save_round(void *, uint32_t, int64_t);
 extern "Python" int rc_save_suspend(void *);
@@ -34,7 +34,7 @@ ffibuilder.cdef(declarations() + CALLBACKS)
 ffibuilder.set_source(
     "remus_colo._native._xen",
     "".join(f'#include "{name}"\n' for name in HEADERS),
-    sources=["remus_colo/_native/core.c", "remus_colo/_native/save.c", "remus_colo/_native/zeros.c"],
+    sources=["remus_colo/_native/core.c", "remus_colo/_native/save.c"],
     include_dirs=[str(HERE)],
     define_macros=[("__XEN_TOOLS__", "1")],
     libraries=LIBRARIES,

@@ -8,11 +8,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Swap @size bytes: @stored gets what @page has, @page the exclusive or of both. A multiple of 8. */
-void rc_delta_out(uint8_t *page, uint8_t *stored, size_t size);
+/*
+ * For each of @count pages of @stream, which lie at @offsets and are known by @slots of @store: the slot gets what the
+ * page has, the page the exclusive or of both.  A slot with RC_SLOT_FRESH set counts as zeros before.  In that order,
+ * as one slot may serve several of them.  @page_size is a multiple of 8.
+ */
+#define RC_SLOT_FRESH 0x80000000u
+void rc_delta_out(uint8_t *stream, const uint64_t *offsets, uint8_t *store, const uint32_t *slots, size_t count,
+                  size_t page_size);
 
-/* The way back: @page, an exclusive or, becomes what it was made of, and so does @stored. */
-void rc_delta_in(uint8_t *page, uint8_t *stored, size_t size);
+/* The way back: each page, an exclusive or, becomes what it was made of, and so does its slot. */
+void rc_delta_in(uint8_t *stream, const uint64_t *offsets, uint8_t *store, const uint32_t *slots, size_t count,
+                 size_t page_size);
 
 /*
  * Runs of words of 8 bytes: each a u32 with the number of zero words, a u32 with that of the words that follow it

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The two compiled modules: what needs no Xen (comparator, packet queue, frames), and the calls into Xen's libraries."""
+"""The two compiled modules: what needs no Xen (comparator, packet queue, frames, compression), and the calls into Xen's libraries."""
 
 from __future__ import annotations
 

@@ -16,6 +16,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 from remus_colo.adapters import kmod
 from remus_colo.errors import HostError, NetworkError
 
+_NLA_TYPE_MASK = 0x3FFF  # <linux/netlink.h>
+
 
 @contextlib.contextmanager
 def reporting(action: str, *, module: str = "") -> Iterator[None]:
@@ -60,6 +62,7 @@ class Requests:
     _HEADER = struct.Struct("=IHHII")  # <linux/netlink.h>: length, type, flags, sequence number, port
     _NLM_F_REQUEST_ACK = 0x01 | 0x04
     _NLM_F_REQUEST_DUMP = 0x01 | 0x300
+    _NLM_F_ECHO = 0x08  # without it kernels before 6.8 tell of a qdisc only those who listen to all changes
     _NLM_F_DUMP_INTR = 0x10  # what is listed has changed meanwhile
     _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 
@@ -86,18 +89,28 @@ class Requests:
                 break
         self._check(answer)
 
+    def get(self, kind: int, body: bytes) -> bytes:
+        """Ask for one thing. Returns the kernel's message, with its header.
+
+        :raise OSError: the kernel refused, with its errno; ENOENT: it has said nothing.
+        """
+        messages, _ = self._answers(self._send(kind, body, self._NLM_F_REQUEST_ACK | self._NLM_F_ECHO))
+        if not messages:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return messages[0]
+
     def dump(self, kind: int, body: bytes) -> list[bytes]:
         """Ask for all that there is of something. Returns the kernel's messages, with their headers.
 
         :raise OSError: the kernel refused, with its errno; EAGAIN: the list has not held still.
         """
         for _ in range(self._DUMP_TRIES):
-            messages, interrupted = self._dump_once(self._send(kind, body, self._NLM_F_REQUEST_DUMP))
+            messages, interrupted = self._answers(self._send(kind, body, self._NLM_F_REQUEST_DUMP))
             if not interrupted:
                 return messages
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    def _dump_once(self, sequence: int) -> tuple[list[bytes], bool]:
+    def _answers(self, sequence: int) -> tuple[list[bytes], bool]:
         messages: list[bytes] = []
         interrupted = False
         while True:
@@ -128,6 +141,18 @@ def attribute(kind: int, value: bytes) -> bytes:
     """A netlink attribute, padded."""
     length = 4 + len(value)
     return struct.pack("=HH", length, kind) + value + bytes(-length % 4)
+
+
+def attributes(message: bytes, start: int) -> dict[int, bytes]:
+    """The netlink attributes from ``start`` to the message's end, by their kinds; of two of a kind the later."""
+    found = {}
+    while start + 4 <= len(message):
+        length, kind = struct.unpack_from("=HH", message, start)
+        if not 4 <= length <= len(message) - start:
+            break  # cut off: there is no more to be had
+        found[kind & _NLA_TYPE_MASK] = message[start + 4 : start + length]
+        start += -(-length // 4) * 4
+    return found
 
 
 def _reason(exc: NetlinkError) -> str:

@@ -6,20 +6,23 @@ The latter says what the former must do, and is held against it by tests.
 
 from __future__ import annotations
 
+import mmap
 import struct
+from array import array
 from typing import Any
 
-from remus_colo.adapters.native import compiled_for_xen
+from remus_colo.adapters.native import compiled
 from remus_colo.errors import FramingError, HostError
 
 WORD = 8
 GAP_WORDS = 2
+SLOT_FRESH = 0x80000000  # RC_SLOT_FRESH
 _HEADER = struct.Struct("<II")
 
 
 def _native() -> tuple[Any, Any] | None:
     try:
-        return compiled_for_xen()
+        return compiled()
     except HostError:
         return None
 
@@ -27,27 +30,54 @@ def _native() -> tuple[Any, Any] | None:
 NATIVE = _native()
 
 
-def delta_out(page: memoryview, stored: memoryview) -> None:
-    """``stored`` gets what ``page`` has, ``page`` the exclusive or of both; both writable, of one size."""
+def delta_out(
+    stream: bytearray, offsets: array[int], store: mmap.mmap | bytearray, slots: array[int], page_size: int
+) -> None:
+    """For each page of ``stream`` in turn: its slot gets what it has, the page the exclusive or of both.
+
+    :param offsets: where the pages lie, ``array("Q")``.
+    :param store: the slots, each of ``page_size`` bytes, a multiple of 8.
+    :param slots: which one each page has, ``array("I")``; with :data:`SLOT_FRESH` one that is to count as zeros.
+    """
+    _delta("rc_delta_out", stream, offsets, store, slots, page_size)
+
+
+def delta_in(
+    stream: bytearray, offsets: array[int], store: mmap.mmap | bytearray, slots: array[int], page_size: int
+) -> None:
+    """The way back: both get what the page had before :func:`delta_out`."""
+    _delta("rc_delta_in", stream, offsets, store, slots, page_size)
+
+
+def _delta(
+    way: str,
+    stream: bytearray,
+    offsets: array[int],
+    store: mmap.mmap | bytearray,
+    slots: array[int],
+    page_size: int,
+) -> None:
     if NATIVE is None:
-        now = bytes(page)
-        page[:] = _xor(now, stored)
-        stored[:] = now
+        for offset, slot in zip(offsets, slots, strict=True):
+            start = (slot & ~SLOT_FRESH) * page_size
+            given = bytes(stream[offset : offset + page_size])
+            before = bytes(page_size) if slot & SLOT_FRESH else store[start : start + page_size]
+            made = _xor(given, before)
+            stream[offset : offset + page_size] = made
+            store[start : start + page_size] = given if way == "rc_delta_out" else made
         return
     lib, ffi = NATIVE
-    lib.rc_delta_out(ffi.from_buffer("uint8_t[]", page), ffi.from_buffer("uint8_t[]", stored), len(page))
+    getattr(lib, way)(
+        ffi.from_buffer("uint8_t[]", stream),
+        ffi.from_buffer("uint64_t[]", offsets),
+        ffi.from_buffer("uint8_t[]", store),
+        ffi.from_buffer("uint32_t[]", slots),
+        len(offsets),
+        page_size,
+    )
 
 
-def delta_in(page: memoryview, stored: memoryview) -> None:
-    """The way back: both get what ``page`` had before :func:`delta_out`."""
-    if NATIVE is None:
-        page[:] = stored[:] = _xor(page, stored)
-        return
-    lib, ffi = NATIVE
-    lib.rc_delta_in(ffi.from_buffer("uint8_t[]", page), ffi.from_buffer("uint8_t[]", stored), len(page))
-
-
-def _xor(one: bytes | memoryview, other: bytes | memoryview) -> bytes:
+def _xor(one: bytes, other: bytes) -> bytes:
     return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(len(one), "little")
 
 

@@ -9,9 +9,11 @@ zeros are taken out before zlib, which is a hundred times slower at it.
 
 from __future__ import annotations
 
+import mmap
 import zlib
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from remus_colo.adapters import zeros
 from remus_colo.checkpoint import libxcrecords
@@ -28,20 +30,25 @@ class PageCache:
 
     def __init__(self, limit_pages: int = CACHE_PAGES) -> None:
         self._limit_pages = limit_pages
-        self._pages: OrderedDict[int, bytearray] = OrderedDict()
+        self._slots: OrderedDict[int, int] = OrderedDict()  # by page number, the one used last at the end
+        # Memory that nobody has written to takes none.
+        self.store = mmap.mmap(-1, limit_pages * PAGE_SIZE)
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self._slots)
 
-    def slot(self, pfn: int) -> memoryview:
-        """Where the page's content is kept, to be read and replaced by the caller."""
-        page = self._pages.pop(pfn, None)
-        if page is None:
-            if len(self._pages) >= self._limit_pages:
-                self._pages.popitem(last=False)
-            page = bytearray(PAGE_SIZE)
-        self._pages[pfn] = page
-        return memoryview(page)
+    def slot(self, pfn: int) -> int:
+        """Where in ``store`` the page's content is kept, to be read and replaced by the caller; for ``zeros``."""
+        slot = self._slots.get(pfn)
+        if slot is not None:
+            self._slots.move_to_end(pfn)
+            return slot
+        if len(self._slots) < self._limit_pages:
+            slot = len(self._slots)
+        else:
+            _, slot = self._slots.popitem(last=False)
+        self._slots[pfn] = slot
+        return slot | zeros.SLOT_FRESH
 
 
 class DeltaEncoder:
@@ -53,9 +60,8 @@ class DeltaEncoder:
     def encode(self, stream: memoryview) -> bytes:
         """:param stream: one checkpoint, whole records of libxenguest's."""
         changed = bytearray(stream)
-        view = memoryview(changed)
-        for page in _pages(stream):
-            zeros.delta_out(view[page.offset : page.offset + PAGE_SIZE], self._cache.slot(page.pfn))
+        offsets, slots = _places(changed, self._cache)
+        zeros.delta_out(changed, offsets, self._cache.store, slots, PAGE_SIZE)
         return zlib.compress(zeros.pack(changed), LEVEL)
 
 
@@ -83,15 +89,17 @@ class DeltaDecoder:
         if len(packed) > limit or not unpacker.eof or unpacker.unused_data:
             raise FramingError(f"a compressed checkpoint is no {length} bytes when it is unpacked")
         stream = zeros.unpack(packed, length)
-        view = memoryview(stream)
-        for page in _pages(view):
-            zeros.delta_in(view[page.offset : page.offset + PAGE_SIZE], self._cache.slot(page.pfn))
-        view.release()
+        offsets, slots = _places(stream, self._cache)
+        zeros.delta_in(stream, offsets, self._cache.store, slots, PAGE_SIZE)
         return stream
 
 
-def _pages(stream: memoryview) -> Iterator[libxcrecords.PageAt]:
-    """Before a page is decoded the records' headers and numbers must be as they were: only pages are changed."""
+def _places(stream: bytearray, cache: PageCache) -> tuple[array[int], array[int]]:
+    """Where in the stream its pages lie, and where in the cache: only these change, records' headers never do."""
+    offsets, slots = array("Q"), array("I")
     for record in libxcrecords.records(stream):
         if record.kind == libxcrecords.PAGE_DATA:
-            yield from libxcrecords.pages(stream, record)
+            for page in libxcrecords.pages(stream, record):
+                offsets.append(page.offset)
+                slots.append(cache.slot(page.pfn))
+    return offsets, slots

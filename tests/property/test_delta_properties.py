@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from array import array
 
 import pytest
 from hypothesis import given
@@ -74,17 +75,25 @@ def test_both_refuse_the_same(packed: bytes, size: int) -> None:
     assert outcome(zeros.unpack) == outcome(zeros.unpack_reference)
 
 
-@given(st.binary(min_size=8, max_size=8 * 512), st.binary(min_size=8, max_size=8 * 512))
-def test_delta_and_back(one: bytes, other: bytes) -> None:
-    size = min(len(one), len(other)) // 8 * 8
-    now, before = one[:size], other[:size]
-    page, stored = bytearray(now), bytearray(before)
-    zeros.delta_out(memoryview(page), memoryview(stored))
-    assert stored == now
-    assert page == bytes(a ^ b for a, b in zip(now, before, strict=True))
-    far = bytearray(before)
-    zeros.delta_in(memoryview(page), memoryview(far))
-    assert page == far == now
+@given(
+    st.lists(st.tuples(st.binary(min_size=16, max_size=16), st.integers(0, 2), st.booleans()), max_size=6),
+    st.binary(min_size=48, max_size=48),
+)
+def test_delta_and_back(pages: list[tuple[bytes, int, bool]], before: bytes) -> None:
+    size = 16
+    plain = b"".join(b"between!" + content for content, _, _ in pages)
+    offsets = array("Q", range(8, len(plain), size + 8))
+    slots = array("I", [slot | zeros.SLOT_FRESH * fresh for _, slot, fresh in pages])
+    stream, here, there = bytearray(plain), bytearray(before), bytearray(before)
+    zeros.delta_out(stream, offsets, here, slots, size)
+    known = [before[at : at + size] for at in range(0, len(before), size)]
+    for offset, (content, slot, fresh) in zip(offsets, pages, strict=True):
+        was = bytes(size) if fresh else known[slot]
+        assert stream[offset : offset + size] == bytes(a ^ b for a, b in zip(content, was, strict=True))
+        known[slot] = content
+    assert here == b"".join(known)
+    zeros.delta_in(stream, offsets, there, slots, size)
+    assert stream == plain and there == here
 
 
 @given(PAGES, st.integers(0, 10_000))

@@ -16,29 +16,42 @@ static uint64_t load(const uint8_t *at)
     return word;
 }
 
-static void store(uint8_t *at, uint64_t word)
+static void store_word(uint8_t *at, uint64_t word)
 {
     memcpy(at, &word, WORD);
 }
 
-void rc_delta_out(uint8_t *page, uint8_t *stored, size_t size)
+/* Both ways but for what the slot keeps: of what goes out the page, of what comes in the result. */
+static void delta(uint8_t *stream, const uint64_t *offsets, uint8_t *store, const uint32_t *slots, size_t count,
+                  size_t page_size, int out)
 {
-    for (size_t i = 0; i < size; i += WORD) {
-        uint64_t now = load(page + i);
+    for (size_t n = 0; n < count; n++) {
+        uint8_t *page = stream + offsets[n];
+        uint8_t *stored = store + (size_t)(slots[n] & ~RC_SLOT_FRESH) * page_size;
 
-        store(page + i, now ^ load(stored + i));
-        store(stored + i, now);
+        if (slots[n] & RC_SLOT_FRESH) {
+            memcpy(stored, page, page_size); /* either way the page stays as it is */
+            continue;
+        }
+        for (size_t i = 0; i < page_size; i += WORD) {
+            uint64_t given = load(page + i), made = given ^ load(stored + i);
+
+            store_word(page + i, made);
+            store_word(stored + i, out ? given : made);
+        }
     }
 }
 
-void rc_delta_in(uint8_t *page, uint8_t *stored, size_t size)
+void rc_delta_out(uint8_t *stream, const uint64_t *offsets, uint8_t *store, const uint32_t *slots, size_t count,
+                  size_t page_size)
 {
-    for (size_t i = 0; i < size; i += WORD) {
-        uint64_t now = load(page + i) ^ load(stored + i);
+    delta(stream, offsets, store, slots, count, page_size, 1);
+}
 
-        store(page + i, now);
-        store(stored + i, now);
-    }
+void rc_delta_in(uint8_t *stream, const uint64_t *offsets, uint8_t *store, const uint32_t *slots, size_t count,
+                 size_t page_size)
+{
+    delta(stream, offsets, store, slots, count, page_size, 0);
 }
 
 static size_t zero_words(const uint8_t *in, size_t from, size_t words)
