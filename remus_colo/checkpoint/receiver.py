@@ -21,6 +21,7 @@ from typing import Any
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenstore import Store, domain_named
 from remus_colo.checkpoint import libxcrecords, libxlformat
+from remus_colo.checkpoint.pipes import wide_pipe
 from remus_colo.errors import XenError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Receiver:
         self.name = str(config["c_info"]["name"])
         self._lock = threading.Lock()
         self._ended = False
-        read_fd, self._write_fd = os.pipe()
+        read_fd, self._write_fd = wide_pipe()
         try:
             # Opened anew for both: as long as xl lives, its pipe has a writer.
             held_fd = os.open(f"/proc/self/fd/{read_fd}", os.O_RDWR | os.O_CLOEXEC)

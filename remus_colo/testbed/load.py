@@ -146,7 +146,7 @@ class Load:
             "time": options.http_port, "echo": options.echo_port, "udp": options.echo_port,
         }  # fmt: skip
         address = (options.target, ports[kind or service])
-        on_reply = self._read_clock if service == "time" else lambda check, now_s: None
+        on_reply = self._read_clock if service == "time" else lambda check, sent_s, now_s: None
         return Task(service, f"{service}-{number}", address, new_check, pace, on_reply)
 
     def _increments(self, name: str) -> Callable[[int], Check]:
@@ -164,9 +164,9 @@ class Load:
         check = VolatileCheck(name)  # one for all connections, since it remembers earlier answers
         return lambda connection: check
 
-    def _read_clock(self, check: Check, now_s: float) -> None:
+    def _read_clock(self, check: Check, sent_s: float, now_s: float) -> None:
         assert isinstance(check, VolatileCheck)
-        self.recorder.clock.read(check.guest_time_ns, now_s)
+        self.recorder.clock.read(check.guest_time_ns, sent_s, now_s)
 
     def _helpers(self) -> Iterator[Coroutine[Any, Any, None]]:
         if self._options.progress:

@@ -47,7 +47,7 @@ class Task:
     :ivar name: which connection it is, for the log.
     :ivar address: host and port.
     :ivar new_check: makes the check of the n-th connection, from 0.
-    :ivar on_reply: called with the check and the time of each completed reply.
+    :ivar on_reply: called with the check, and when the request of a completed reply left and the reply came.
     """
 
     service: str
@@ -55,7 +55,7 @@ class Task:
     address: tuple[str, int]
     new_check: Callable[[int], Check]
     pace: Pace
-    on_reply: Callable[[Check, float], None] = lambda check, now_s: None
+    on_reply: Callable[[Check, float, float], None] = lambda check, sent_s, now_s: None
 
 
 class _Link(asyncio.Protocol):
@@ -152,8 +152,9 @@ class Worker:
         now_s = time.monotonic()
         verdict = self._check.feed(data)
         for _ in range(verdict.completed):
-            self._recorder.reply(self._task.service, now_s, now_s - self._sent_s.popleft())
-            self._task.on_reply(self._check, now_s)
+            sent_s = self._sent_s.popleft()
+            self._recorder.reply(self._task.service, now_s, now_s - sent_s)
+            self._task.on_reply(self._check, sent_s, now_s)
         self._recorder.verdict(self._task.service, self._task.name, verdict, now_s)
         if verdict.out_of_step:
             self._fail("wrong")

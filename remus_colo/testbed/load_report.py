@@ -33,24 +33,24 @@ _COLUMNS = (
 
 @dataclasses.dataclass(slots=True)
 class GuestClock:
-    """How far the guest's clock strays from the client's, over all readings of ``/time``.
+    """How far the guest's clock strays from the client's at least, over all readings of ``/time``.
 
-    The first reading is the zero; a reading is late by up to the reply's latency.
+    The guest reads its clock at some moment between a request's departure and the reply's arrival, which may be far
+    apart; the first reading is the zero.
     """
 
     readings: int = 0
-    lowest_s: float = 0.0
-    highest_s: float = 0.0
-    _zero_ns: int = 0
+    behind_s: float = 0.0
+    ahead_s: float = 0.0
+    _zero_ns: tuple[int, int] = (0, 0)
 
-    def read(self, guest_ns: int, now_s: float) -> None:
-        offset_ns = guest_ns - round(now_s * 1e9)
+    def read(self, guest_ns: int, sent_s: float, arrived_s: float) -> None:
+        lowest_ns, highest_ns = guest_ns - round(arrived_s * 1e9), guest_ns - round(sent_s * 1e9)
         if not self.readings:
-            self._zero_ns = offset_ns
+            self._zero_ns = lowest_ns, highest_ns
         self.readings += 1
-        strayed_s = (offset_ns - self._zero_ns) / 1e9
-        self.lowest_s = min(self.lowest_s, strayed_s)
-        self.highest_s = max(self.highest_s, strayed_s)
+        self.behind_s = max(self.behind_s, (self._zero_ns[0] - highest_ns) / 1e9)
+        self.ahead_s = max(self.ahead_s, (lowest_ns - self._zero_ns[1]) / 1e9)
 
 
 class Recorder:
@@ -164,8 +164,8 @@ class Recorder:
         if self.clock.readings:
             result["guest_clock"] = {
                 "readings": self.clock.readings,
-                "behind_ms": milliseconds(-self.clock.lowest_s),
-                "ahead_ms": milliseconds(self.clock.highest_s),
+                "behind_ms": milliseconds(self.clock.behind_s),
+                "ahead_ms": milliseconds(self.clock.ahead_s),
             }
         return result
 

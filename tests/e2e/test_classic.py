@@ -30,7 +30,7 @@ AFTERWARDS_S = 15.0
 PV_AFTERWARDS_S = 40.0
 # xl starts a QEMU before it lets an HVM guest run.
 HVM_AFTERWARDS_S = 30.0
-LOAD = {"redis": 4, "http": 4, "echo": 2}
+LOAD = {"redis": 4, "http": 4, "echo": 2, "rate": 2, "drain": scenario_trial.DRAIN_WHEN_HELD_S}
 SCRIPT_TIMEOUT_S = 300.0
 
 
@@ -133,6 +133,7 @@ def test_ending_it_leaves_the_guest_as_it_was(protection: Protection) -> None:
         assert protection.state(host) == state, host
 
 
+@pytest.mark.long
 def test_failover_of_a_guest_that_a_script_protects(protection: Protection) -> None:
     protection.ensure_guest()
     daemon = protection.start_daemon()
@@ -149,7 +150,7 @@ def test_failover_of_a_guest_that_a_script_protects(protection: Protection) -> N
 def test_failover(protection: Protection, chance: random.Random, kind: str) -> None:
     after_s = chance.uniform(2, 6)
     outcome = scenario_trial.run(
-        protection, Plan(kind, after_s, after_s + AFTERWARDS_S, LOAD, {"interval": 100}, colo=False)
+        protection, Plan(kind, after_s, after_s + AFTERWARDS_S, LOAD, {"interval": 500}, colo=False)
     )
     assert outcome.faults == []
     assert outcome.checkpoints["interval"] > 1
