@@ -212,7 +212,12 @@ def test_progress_tells_an_outage_while_it_lasts() -> None:
 def test_the_guests_clock_is_judged_against_the_clients() -> None:
     recorder = recorded()
     # A reply that is late says little: the guest may have read its clock at any moment meanwhile.
-    for guest_ns, sent_s, arrived_s in ((1_000, 5.0, 5.1), (2_500, 6.0, 6.1), (2_500, 5.0, 9.0), (2_900, 7.1, 7.2)):
+    for guest_ns, sent_s, arrived_s in (
+        (1_000, 5.0, 5.1),
+        (2_500, 6.0, 6.1),
+        (2_500, 5.0, 9.0),
+        (2_900, 7.1, 7.2),
+    ):
         recorder.clock.read(guest_ns * 1_000_000, sent_s, arrived_s)
     assert finished(recorder)["guest_clock"] == {"readings": 4, "behind_ms": 100.0, "ahead_ms": 400.0}
 
