@@ -39,18 +39,18 @@ def delta_out(
     :param store: the slots, each of ``page_size`` bytes, a multiple of 8.
     :param slots: which one each page has, ``array("I")``; with :data:`SLOT_FRESH` one that is to count as zeros.
     """
-    _delta("rc_delta_out", stream, offsets, store, slots, page_size)
+    _delta(True, stream, offsets, store, slots, page_size)
 
 
 def delta_in(
     stream: bytearray, offsets: array[int], store: mmap.mmap | bytearray, slots: array[int], page_size: int
 ) -> None:
     """The way back: both get what the page had before :func:`delta_out`."""
-    _delta("rc_delta_in", stream, offsets, store, slots, page_size)
+    _delta(False, stream, offsets, store, slots, page_size)
 
 
 def _delta(
-    way: str,
+    out: bool,
     stream: bytearray,
     offsets: array[int],
     store: mmap.mmap | bytearray,
@@ -64,10 +64,11 @@ def _delta(
             before = bytes(page_size) if slot & SLOT_FRESH else store[start : start + page_size]
             made = _xor(given, before)
             stream[offset : offset + page_size] = made
-            store[start : start + page_size] = given if way == "rc_delta_out" else made
+            store[start : start + page_size] = given if out else made
         return
     lib, ffi = NATIVE
-    getattr(lib, way)(
+    call = lib.rc_delta_out if out else lib.rc_delta_in
+    call(
         ffi.from_buffer("uint8_t[]", stream),
         ffi.from_buffer("uint64_t[]", offsets),
         ffi.from_buffer("uint8_t[]", store),
