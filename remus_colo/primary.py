@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remus_colo import report
-from remus_colo.adapters import backend, kmod, toolstack, xenctrl, xentime
+from remus_colo.adapters import backend, kmod, rtnl, toolstack, xenctrl, xentime
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.guestinfo import GuestLayout, Mode, refuse_config, refuse_guest, refuse_name
 from remus_colo.checkpoint.mode import Choice, choose
@@ -197,6 +197,7 @@ def guarded(domid: int, name: str, record: Record, options: ProtectionOptions) -
         else:
             guard.end()
 
+    rtnl.prepare()  # the guard has a copy of us, and no time for it when it is needed
     guard = Guard(name, recover)
     try:
         yield guard

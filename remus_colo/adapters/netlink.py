@@ -21,11 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-
 from remus_colo.adapters import tc
-from remus_colo.adapters.rtnl import Requests, reporting
+from remus_colo.adapters.rtnl import Requests, netlink_error, reporting
 from remus_colo.adapters.tc import Plug, PlugStats
 from remus_colo.errors import HostError, NetworkError
 
@@ -57,6 +54,8 @@ class Links:
 
     def __init__(self) -> None:
         """:raise HostError: no netlink socket is to be had."""
+        from pyroute2 import IPRoute  # see rtnl.prepare()
+
         try:
             self._requests = Requests()
             try:
@@ -179,7 +178,7 @@ class Links:
         with reporting(f"delete the link {ifname}"):
             try:
                 self._ipr.link("del", index=link["index"])
-            except NetlinkError as exc:
+            except netlink_error() as exc:
                 if exc.code != errno.ENODEV:  # a vif goes by itself when its domain does
                     raise
 
@@ -310,7 +309,7 @@ class Links:
         with reporting(f"look up the link {ifname}"):
             try:
                 return self._ipr.link("get", ifname=_checked(ifname))[0]
-            except NetlinkError as exc:
+            except netlink_error() as exc:
                 if exc.code == errno.ENODEV:
                     return None
                 raise

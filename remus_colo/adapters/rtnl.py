@@ -10,13 +10,26 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-
-from pyroute2.netlink.exceptions import NetlinkError
+from typing import Any
 
 from remus_colo.adapters import kmod
 from remus_colo.errors import HostError, NetworkError
 
 _NLA_TYPE_MASK = 0x3FFF  # <linux/netlink.h>
+
+
+def netlink_error() -> Any:
+    """pyroute2's, for an ``except``, which asks when there is an error: see :func:`prepare`."""
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    return NetlinkError
+
+
+def prepare() -> None:
+    """Import pyroute2, which is not done before it is needed: it takes a quarter of a second, half of what a command needs
+    to begin, and some seconds under emulation.
+    """
+    import pyroute2  # noqa: F401
 
 
 @contextlib.contextmanager
@@ -30,15 +43,15 @@ def reporting(action: str, *, module: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except NetlinkError as exc:
+    except OSError as exc:
+        raise NetworkError(f"cannot {action}: {exc.strerror or exc}") from exc
+    except netlink_error() as exc:
         if exc.code in (errno.EPERM, errno.EACCES):
             raise HostError(f"cannot {action}: no permission; run as root") from exc
         # The kernel says ENOENT for an unknown qdisc, classifier or action, EOPNOTSUPP for a link kind.
         if module and exc.code in (errno.EOPNOTSUPP, errno.ENOENT):
             raise kmod.missing(module, f"it to {action}", _reason(exc)) from exc
         raise NetworkError(f"cannot {action}: {_reason(exc)}") from exc
-    except OSError as exc:
-        raise NetworkError(f"cannot {action}: {exc.strerror or exc}") from exc
 
 
 @contextlib.contextmanager
@@ -46,7 +59,7 @@ def tolerating(*errnos: int) -> Iterator[None]:
     """Let these errors of the kernel pass: what was to go is gone already."""
     try:
         yield
-    except NetlinkError as exc:
+    except netlink_error() as exc:
         if exc.code not in errnos:
             raise
 
@@ -155,6 +168,6 @@ def attributes(message: bytes, start: int) -> dict[int, bytes]:
     return found
 
 
-def _reason(exc: NetlinkError) -> str:
+def _reason(exc: Any) -> str:
     text = str(exc.args[1]) if len(exc.args) > 1 and exc.args[1] else os.strerror(exc.code)
     return text.removesuffix(".")

@@ -156,6 +156,7 @@ def test_failover(protection: Protection, chance: random.Random, kind: str) -> N
     assert outcome.checkpoints["interval"] > 1
 
 
+@pytest.mark.long
 def test_failover_of_a_pv_guest(protection: Protection, chance: random.Random) -> None:
     if GUEST in protection.domains("primary"):
         protection.bed.exec("primary", f"xl destroy {GUEST}")
