@@ -57,6 +57,8 @@ class Admission:
 class Throttle:
     """Lets so many through in a while, and counts the others.  Thread-safe.
 
+    A host that knocks without end uses that up.  So the first time of each of so many hosts passes, too.
+
     :param burst: how many in ``window_s`` seconds.
     """
 
@@ -67,8 +69,9 @@ class Throttle:
         self._began_s = float("-inf")
         self._passed = 0
         self._dropped = 0
+        self._hosts: set[str] = set()
 
-    def passes(self, now_s: float) -> int | None:
+    def passes(self, host: str, now_s: float) -> int | None:
         """Whether this one may pass.
 
         :return: None if not; else how many have been dropped since the last one that passed.
@@ -76,9 +79,13 @@ class Throttle:
         with self._lock:
             if now_s - self._began_s >= self._window_s:
                 self._began_s, self._passed = now_s, 0
-            if self._passed >= self._burst:
+                self._hosts.clear()
+            first = host not in self._hosts and len(self._hosts) < self._burst
+            if self._passed >= self._burst and not first:
                 self._dropped += 1
                 return None
             self._passed += 1
+            if first:
+                self._hosts.add(host)
             dropped, self._dropped = self._dropped, 0
             return dropped

@@ -238,7 +238,7 @@ class Server:
         return name != host and self._allows(host, name)
 
     def _refused(self, host: str, reason: str) -> None:
-        dropped = self._throttle.passes(time.monotonic())
+        dropped = self._throttle.passes(host, time.monotonic())
         if dropped is None:
             return
         more = f" ({dropped} more were refused since the last such line)" if dropped else ""

@@ -672,13 +672,12 @@ def test_admission() -> None:
 
 def test_throttle() -> None:
     throttle = Throttle(burst=2, window_s=10)
-    assert [throttle.passes(now_s) for now_s in (0.0, 1.0, 2.0, 9.9, 10.0, 11.0, 12.0, 21.0)] == [
-        0,
-        0,
-        None,
-        None,
-        2,
-        0,
-        None,
-        1,
-    ]
+    moments_s = (0.0, 1.0, 2.0, 9.9, 10.0, 11.0, 12.0, 21.0)
+    assert [throttle.passes("a", now_s) for now_s in moments_s] == [0, 0, None, None, 2, 0, None, 1]
+
+
+def test_a_host_that_knocks_without_end_hides_no_other() -> None:
+    throttle = Throttle(burst=2, window_s=10)
+    hosts = ("a", "a", "a", "b", "b", "c", "a")
+    # "c" is one too many: an attack from many addresses is not to fill the log
+    assert [throttle.passes(host, 1.0) for host in hosts] == [0, 0, None, 1, None, None, None]
