@@ -16,6 +16,8 @@ from remus_colo.testbed.scenario import GUEST, Protection
 NOBODY = 65534
 # Of the replication network, and nobody's.
 ABSENT = "10.78.0.77"
+# Each takes an emulated host half a minute, and is like another one here or has a unit test.
+ALIKE = pytest.mark.long
 
 
 def refused(
@@ -36,13 +38,18 @@ def refused(
     ("arguments", "status", "says"),
     [
         ("--colo nosuch backup", ExitStatus.DOMAIN, "no domain named 'nosuch'"),
-        ("--colo 4711 backup", ExitStatus.DOMAIN, "no domain with id 4711"),
-        ("--colo 0 backup", ExitStatus.DOMAIN, "domain 0"),
+        pytest.param("--colo 4711 backup", ExitStatus.DOMAIN, "no domain with id 4711", marks=ALIKE),
+        pytest.param("--colo 0 backup", ExitStatus.DOMAIN, "domain 0", marks=ALIKE),
         (f"--colo {GUEST} {ABSENT}", ExitStatus.PEER_UNREACHABLE, ABSENT),
-        (f"--colo {GUEST} no.such.host.invalid", ExitStatus.PEER_UNREACHABLE, "no.such.host.invalid"),
+        pytest.param(
+            f"--colo {GUEST} no.such.host.invalid",
+            ExitStatus.PEER_UNREACHABLE,
+            "no.such.host.invalid",
+            marks=ALIKE,
+        ),
         (f"--colo {GUEST} backup --port 8003", ExitStatus.PEER_UNREACHABLE, "8003"),
         (f"--colo {GUEST} backup --port 22", ExitStatus.PROTOCOL, "no relocation server"),
-        (f"--colo {GUEST} backup --port 99999", ExitStatus.USAGE, "99999"),
+        pytest.param(f"--colo {GUEST} backup --port 99999", ExitStatus.USAGE, "99999", marks=ALIKE),
         (f"--colo {GUEST} backup --log /no/such/dir/log", ExitStatus.USAGE, "/no/such/dir/log"),
     ],
 )
