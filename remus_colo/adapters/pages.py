@@ -6,6 +6,8 @@ Gfns are u64 each, in host order; bit ``n % 8`` of byte ``n // 8`` of a bitmap i
 
 from __future__ import annotations
 
+import mmap
+
 from remus_colo.adapters.native import compiled_for_xen
 
 
@@ -24,7 +26,9 @@ def bitmap_count(bitmap: bytes | bytearray) -> int:
     return int(lib.rc_bitmap_count(ffi.from_buffer("uint8_t[]", bitmap), len(bitmap)))
 
 
-def hash_pages(gfns: bytearray, pages: bytearray | memoryview, count: int, hashes: bytearray) -> None:
+def hash_pages(
+    gfns: bytearray, pages: bytearray | memoryview | mmap.mmap, count: int, hashes: bytearray
+) -> None:
     """Put the hashes of ``count`` copied pages at their gfns in ``hashes``, as ``xenctrl.Guest.hashes`` made it."""
     lib, ffi = compiled_for_xen()
     if count and max(memoryview(gfns).cast("Q")[:count]) * 8 >= len(hashes):
@@ -37,7 +41,9 @@ def hash_pages(gfns: bytearray, pages: bytearray | memoryview, count: int, hashe
     )
 
 
-def squeeze_zero_pages(gfns: bytearray, pages: bytearray | memoryview, count: int) -> tuple[int, bytes]:
+def squeeze_zero_pages(
+    gfns: bytearray, pages: bytearray | memoryview | mmap.mmap, count: int
+) -> tuple[int, bytes]:
     """Close the gaps that all-zero pages leave. Returns (pages kept, gfns of the zero pages as u64s)."""
     lib, ffi = compiled_for_xen()
     zeros = bytearray(count * 8)

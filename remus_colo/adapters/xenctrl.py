@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import errno
+import mmap
 import os
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -307,7 +308,9 @@ class Guest:
         self._lib.rc_guest_present(self._guest, self._ffi.from_buffer("uint8_t[]", bitmap))
         return bitmap
 
-    def collect(self, bitmap: bytes | bytearray, gfns: bytearray, pages: bytearray | memoryview) -> int:
+    def collect(
+        self, bitmap: bytes | bytearray, gfns: bytearray, pages: bytearray | memoryview | mmap.mmap
+    ) -> int:
         """Copy the pages set in ``bitmap`` into ``pages`` and their numbers (u64, host order) into ``gfns``.
 
         :return: the number of pages.
