@@ -61,7 +61,7 @@ def _delta(
         for offset, slot in zip(offsets, slots, strict=True):
             start = (slot & ~SLOT_FRESH) * page_size
             given = bytes(stream[offset : offset + page_size])
-            before = bytes(page_size) if slot & SLOT_FRESH else store[start : start + page_size]
+            before = bytes(page_size if slot & SLOT_FRESH else store[start : start + page_size])
             made = _xor(given, before)
             stream[offset : offset + page_size] = made
             store[start : start + page_size] = given if out else made
