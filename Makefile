@@ -25,11 +25,13 @@ SKEW ?= $(if $(filter clock,$(KIND)),600,0)
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: help setup demo test test-here test-e2e check-patches soak bench bench-compare verdicts fuzz lint clean
+.PHONY: help setup demo test test-here test-e2e test-long check-patches soak bench bench-compare verdicts fuzz lint clean
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
-	@echo 'make test     all tests (45 to 65 minutes)'
+	@echo 'make test     the tests (40 to 60 minutes)'
+	@echo 'make test-long'
+	@echo '              the end-to-end tests that this leaves out (an hour or two)'
 	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus'
 	@echo '              GUEST=pvh|pv|hvm CHECKPOINT=auto RELEASE=debian-13|debian-12'
 	@echo 'make bench    what protection costs'
@@ -58,6 +60,9 @@ test-here: setup
 
 test-e2e: setup
 	$(TEST_PYTHON) -m pytest -v -ra tests/e2e
+
+test-long: setup
+	$(TEST_PYTHON) -m pytest -v -ra -m long tests/e2e
 
 check-patches:
 	@command -v $(PYTHON) > /dev/null || apt-get install -q -y --no-install-recommends python3

@@ -12,7 +12,8 @@ from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.scenario_trial import LOAD, client_faults
 
 
-@pytest.mark.parametrize("mode", [pytest.param("transparent", marks=pytest.mark.long), "cooperative"])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["transparent", "cooperative"])
 def test_checkpoints_under_load(protection: Protection, mode: str) -> None:
     protection.ensure_guest()
     before = {host: protection.state(host) for host in HOSTS}

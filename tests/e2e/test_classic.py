@@ -95,6 +95,7 @@ def test_a_control_script_protects_to_a_backup(protection: Protection) -> None:
         assert protection.state(host) == state, host
 
 
+@pytest.mark.long
 def test_saving_and_restoring_as_xend_did(protection: Protection) -> None:
     protection.ensure_guest()
     protection.bed.push("primary", SAVE_SCRIPT, "/root/classic_save.py")
@@ -102,6 +103,7 @@ def test_saving_and_restoring_as_xend_did(protection: Protection) -> None:
     protection.http_get("/1k")
 
 
+@pytest.mark.long
 def test_moving_as_xend_did(protection: Protection) -> None:
     protection.ensure_guest()
     daemon = protection.start_daemon()
@@ -118,6 +120,7 @@ def test_moving_as_xend_did(protection: Protection) -> None:
     assert protection.http_get("/1k")
 
 
+@pytest.mark.long
 def test_ending_it_leaves_the_guest_as_it_was(protection: Protection) -> None:
     protection.ensure_guest()
     before = {host: protection.state(host) for host in ("primary", "backup")}

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from remus_colo.errors import ExitStatus
 from remus_colo.testbed.scenario import GUEST, Protection
 from remus_colo.testbed.scenario_trial import client_faults
@@ -12,6 +14,7 @@ PATIENCE = {"heartbeat_timeout": 20_000, "compare_timeout": 10_000}
 DRAIN_S = 60
 
 
+@pytest.mark.long
 def test_both_vms_on_one_host(protection: Protection) -> None:
     protection.ensure_guest()
     before = protection.state("primary")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from remus_colo.testbed import load_content, scenario_figures
 from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.scenario_run import Run
@@ -42,6 +44,7 @@ def test_one_random_answer_is_one_checkpoint(protection: Protection) -> None:
     assert protection.stop() == 0
 
 
+@pytest.mark.long
 def test_answers_that_are_alike_leave_at_once(protection: Protection) -> None:
     protection.ensure_guest()
     protection.start_daemon()
