@@ -144,19 +144,11 @@ class BufferedVif(CheckpointedDevice):
             links.close()
 
 
-def held_packets(devices: DeviceSet) -> int:
-    """How many frames of the guest's wait now."""
-    return sum(stats.backlog_packets for stats in _stats(devices))
-
-
-def sent_packets(devices: DeviceSet) -> int:
-    """How many have been let go."""
-    return sum(stats.sent_packets for stats in _stats(devices))
-
-
-def _stats(devices: DeviceSet) -> list[PlugStats]:
+def held_and_sent(devices: DeviceSet) -> tuple[int, int]:
+    """How many frames of the guest's wait now, and how many have been let go."""
     buffers = [device for device in devices.devices if isinstance(device, BufferedVif)]
-    return [stats for buffer in buffers if (stats := buffer.stats()) is not None]
+    found = [stats for buffer in buffers if (stats := buffer.stats()) is not None]
+    return sum(stats.backlog_packets for stats in found), sum(stats.sent_packets for stats in found)
 
 
 def _drain(plug: Plug) -> None:

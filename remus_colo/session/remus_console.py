@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from remus_colo import report
-from remus_colo.devices.netbuffer import held_packets, sent_packets
+from remus_colo.devices.netbuffer import held_and_sent
 from remus_colo.session.console import REFRESH_S, Console
 from remus_colo.session.loop import Loop
 from remus_colo.session.remus_sender import MODE
@@ -34,6 +34,7 @@ class RemusConsole(Console):
 
         def refresh() -> None:
             stats = worker.stats
+            held, sent = held_and_sent(worker.devices)
             self._status.update(
                 report.Stats(
                     domain=self._name,
@@ -42,8 +43,8 @@ class RemusConsole(Console):
                     epoch=stats.checkpoints,
                     checkpoints=((REASON, stats.checkpoints),),
                     pause_ms=stats.pause_s[-1] * 1000 if stats.pause_s else None,
-                    released=sent_packets(worker.devices),
-                    held=held_packets(worker.devices),
+                    released=sent,
+                    held=held,
                 ),
                 time.monotonic(),
             )

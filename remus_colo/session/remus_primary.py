@@ -27,7 +27,7 @@ from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.periodic import Ended, RoundTimes
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.devices.device import DeviceSet
-from remus_colo.devices.netbuffer import held_packets, sent_packets
+from remus_colo.devices.netbuffer import held_and_sent
 from remus_colo.errors import PeerLost, RemusError, XenError
 from remus_colo.failover.primary import PrimaryEvent as E
 from remus_colo.failover.primary import PrimaryState
@@ -346,10 +346,11 @@ class RemusSession(PrimarySession):
         pass  # a buffer that is full drops, as any queue does
 
     def packet_counters(self) -> dict[str, int]:
+        held, sent = held_and_sent(self.devices)
         return {
             "released_equal": 0,
-            "released_commit": sent_packets(self.devices),
-            "held": held_packets(self.devices),
+            "released_commit": sent,
+            "held": held,
             "diverged": 0,
         }
 
