@@ -59,10 +59,10 @@ test-here: setup
 	$(TEST_PYTHON) -m pytest -q -ra tests/unit tests/property tests/fuzz tests/netns
 
 test-e2e: setup
-	$(TEST_PYTHON) -m pytest -v -ra tests/e2e
+	$(TEST_PYTHON) -m pytest -v -ra --durations=0 --durations-min=1 tests/e2e
 
 test-long: setup
-	$(TEST_PYTHON) -m pytest -v -ra -m long tests/e2e
+	$(TEST_PYTHON) -m pytest -v -ra --durations=0 --durations-min=1 -m long tests/e2e
 
 check-patches:
 	@command -v $(PYTHON) > /dev/null || apt-get install -q -y --no-install-recommends python3
