@@ -29,9 +29,9 @@ FUZZ_SECONDS ?= 600
 
 help:
 	@echo 'make demo     a guest survives the death of its host, in a test bed of two Xen hosts (5 to 10 minutes)'
-	@echo 'make test     the tests (40 to 60 minutes)'
+	@echo 'make test     the tests (30 to 60 minutes)'
 	@echo 'make test-long'
-	@echo '              the end-to-end tests that this leaves out (an hour or two)'
+	@echo '              the end-to-end tests that this leaves out (two hours)'
 	@echo 'make soak     many failovers in a row: N=10 KIND=primary|backup|mixed|memory|clock MODE=colo|remus'
 	@echo '              GUEST=pvh|pv|hvm CHECKPOINT=auto RELEASE=debian-13|debian-12'
 	@echo 'make bench    what protection costs'

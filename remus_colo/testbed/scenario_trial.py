@@ -27,13 +27,10 @@ Step = Callable[[str, str], AbstractContextManager[None]]
 
 # Connections that last for the whole load, and short ones besides, so that some are younger than the last
 # checkpoint when the host dies. The rate leaves an emulated host time to breathe, also on a machine that is busy itself;
-# an answer that is late on such a one is not lost.
-LOAD = {"redis": 8, "http": 8, "echo": 4, "rate": 2, "churn": 1, "drain": 30}
-
-# Without COLO a round trip lasts as long as an answer is held, a PV guest's some seconds.  TCP repeats a
-# segment after three such times (RFC 6298: a first measurement R makes it R + 4 R/2), and then after twice as
-# long: an outage may cost it a minute.
-DRAIN_WHEN_HELD_S = 60.0
+# an answer that is late on such a one is not lost.  Where answers are held, a round trip lasts as long, a PV guest's some
+# seconds; TCP repeats a segment after three such times (RFC 6298: a first measurement R makes it R + 4 R/2), and then after
+# twice as long: an outage may cost it a minute, and that is how long the last answers are waited for.
+LOAD = {"redis": 8, "http": 8, "echo": 4, "rate": 2, "churn": 1, "drain": 60}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +89,7 @@ def run(protection: Protection, plan: Plan, step: Step = quiet) -> Outcome:
         remus = protection.protect(colo=plan.colo, **plan.remus)
     with step(f"the client's load runs; after {plan.kill_after_s:.1f} s the {plan.kind} host loses its power",
               f"{plan.seconds:.0f} s"):  # fmt: skip
-        drain = {} if plan.colo else {"drain": DRAIN_WHEN_HELD_S}
-        load = protection.start_load(plan.seconds, **(LOAD | drain | plan.load))
+        load = protection.start_load(plan.seconds, **(LOAD | plan.load))
         load.let_run(plan.kill_after_s)
         killed_s = protection.kill(plan.kind)
         result = load.result()

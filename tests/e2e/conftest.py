@@ -47,6 +47,8 @@ ORDER = (
     "test_ipv6",
     "test_skewed_clocks",
 )
+# characters of a failure's end
+SHOWN_AT_ONCE = 3000
 _REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
 
 
@@ -80,6 +82,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
         report.longrepr = f"CI does not accept this: {reason}"
     item.stash.setdefault(_REPORTS, {})[report.when] = report
     return report
+
+
+class ToldAtOnce:
+    """Shows a failure when it happens: a run of an hour that is ended before its summary has told why, too."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.write_line("")
+            self._terminal.write_line(report.longreprtext[-SHOWN_AT_ONCE:])
 
 
 class BedKeeper:
@@ -167,3 +181,9 @@ def chance(record_property: Any) -> random.Random:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "skew(seconds): backup's Xen clock minus primary's")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        session.config.pluginmanager.register(ToldAtOnce(terminal))

@@ -47,10 +47,14 @@ def refused(
             "no.such.host.invalid",
             marks=ALIKE,
         ),
-        (f"--colo {GUEST} backup --port 8003", ExitStatus.PEER_UNREACHABLE, "8003"),
-        (f"--colo {GUEST} backup --port 22", ExitStatus.PROTOCOL, "no relocation server"),
+        pytest.param(f"--colo {GUEST} backup --port 8003", ExitStatus.PEER_UNREACHABLE, "8003", marks=ALIKE),
+        pytest.param(
+            f"--colo {GUEST} backup --port 22", ExitStatus.PROTOCOL, "no relocation server", marks=ALIKE
+        ),
         pytest.param(f"--colo {GUEST} backup --port 99999", ExitStatus.USAGE, "99999", marks=ALIKE),
-        (f"--colo {GUEST} backup --log /no/such/dir/log", ExitStatus.USAGE, "/no/such/dir/log"),
+        pytest.param(
+            f"--colo {GUEST} backup --log /no/such/dir/log", ExitStatus.USAGE, "/no/such/dir/log", marks=ALIKE
+        ),
     ],
 )
 def test_refused(protection: Protection, arguments: str, status: ExitStatus, says: str) -> None:
@@ -73,6 +77,7 @@ def test_no_daemon_on_the_backup(protection: Protection) -> None:
     assert "8002" in sentence or "remusd" in sentence
 
 
+@ALIKE
 def test_a_host_that_may_not_connect(protection: Protection) -> None:
     protection.ensure_guest()
     protection.start_daemon(hosts_allow="^192[.]0[.]2[.]")
@@ -93,6 +98,7 @@ def paused_domain(protection: Protection, name: str, config: str) -> Iterator[No
         protection.bed.exec("primary", f"xl destroy {name}; rm -f {path}")
 
 
+@ALIKE
 def test_pv_guest(protection: Protection) -> None:
     with paused_domain(protection, "oldstyle", 'type="pv"\nvcpus=1'):
         code, sentence = refused(protection, "--colo oldstyle backup")

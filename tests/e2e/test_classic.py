@@ -30,7 +30,7 @@ AFTERWARDS_S = 15.0
 PV_AFTERWARDS_S = 40.0
 # xl starts a QEMU before it lets an HVM guest run.
 HVM_AFTERWARDS_S = 30.0
-LOAD = {"redis": 4, "http": 4, "echo": 2, "rate": 2, "drain": scenario_trial.DRAIN_WHEN_HELD_S}
+LOAD = scenario_trial.LOAD | {"redis": 4, "http": 4, "echo": 2}
 SCRIPT_TIMEOUT_S = 300.0
 
 
@@ -79,6 +79,7 @@ def control_script(protection: Protection, rounds: int) -> Iterator[RemoteProces
         yield script
 
 
+@pytest.mark.long
 def test_a_control_script_protects_to_a_backup(protection: Protection) -> None:
     protection.ensure_guest()
     before = {host: protection.state(host) for host in HOSTS}

@@ -16,7 +16,8 @@ CHECKPOINTS = 3
 TIMEOUT_S = 120
 
 
-@pytest.mark.parametrize("mode", ["transparent", pytest.param("cooperative", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["transparent", "cooperative"])
 def test_packets_that_come_while_the_copy_is_stopped(protection: Protection, mode: str) -> None:
     """A backend goes on writing to a stopped VM, to pages that its original has no reason to touch."""
     protection.ensure_guest()

@@ -47,6 +47,7 @@ def test_it_can_be_protected_again(protection: Protection) -> None:
     assert client_faults(protection.load(5, **LOAD)) == []
 
 
+@pytest.mark.long
 def test_the_end_of_remusd_ends_protection_and_nothing_else(protection: Protection) -> None:
     protection.ensure_guest()
     daemon = protection.start_daemon()

@@ -29,9 +29,6 @@ TEXT = """\
   # TLS and strangers beside a guest on one emulated processor
   (heartbeat-timeout 20000) (compare-timeout 10000))
 """
-# What the SVM is too late with is released after the compare time-out above and a checkpoint, the load's last
-# answers, too.
-DRAIN_S = 60
 # What a stranger in dom0 does to the port for a while: nothing, rubbish, and half a beginning.
 KNOCK = """
 import random, socket, struct, sys, time
@@ -72,6 +69,7 @@ def knock(protection: Protection, host: str, own: str, seconds: float) -> int:
     return int(protection.bed.exec(host, command, seconds + 60).stdout)
 
 
+@pytest.mark.long
 def test_over_tls_while_strangers_knock(configured: Protection) -> None:
     configured.ensure_guest()
     daemon = configured.start_daemon(config=CONFIG)
@@ -79,7 +77,7 @@ def test_over_tls_while_strangers_knock(configured: Protection) -> None:
     assert ports == [8003], "who asks for TLS means that port alone"
     run = configured.protect(config=CONFIG)
 
-    load = configured.start_load(15, **(LOAD | {"drain": DRAIN_S}))
+    load = configured.start_load(15, **LOAD)
     # from a host that may connect but says nonsense, and from one that may not
     assert knock(configured, "primary", "10.78.0.1", 5) > 0
     assert knock(configured, "backup", "10.78.0.2", 5) > 0
