@@ -5,6 +5,7 @@ PYTHON ?= python3
 TESTBED = $(PYTHON) -m remus_colo.testbed
 # The interpreter that has what the tests need; set-up makes one where the machine's has not.
 TEST_PYTHON = "$$($(TESTBED) python)"
+PYTEST_E2E = $(TEST_PYTHON) -m pytest -v -ra --durations=0 --durations-min=1
 
 # Of soak.  How many failovers, or checkpoints; empty for the default of the kind
 N ?=
@@ -59,10 +60,10 @@ test-here: setup
 	$(TEST_PYTHON) -m pytest -q -ra tests/unit tests/property tests/fuzz tests/netns
 
 test-e2e: setup
-	$(TEST_PYTHON) -m pytest -v -ra --durations=0 --durations-min=1 tests/e2e
+	$(PYTEST_E2E) tests/e2e
 
 test-long: setup
-	$(TEST_PYTHON) -m pytest -v -ra --durations=0 --durations-min=1 -m long tests/e2e
+	$(PYTEST_E2E) -m long tests/e2e
 
 check-patches:
 	@command -v $(PYTHON) > /dev/null || apt-get install -q -y --no-install-recommends python3

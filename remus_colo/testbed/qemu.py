@@ -22,8 +22,8 @@ QEMU = "qemu-system-x86_64"
 # sun_path of unix(7), with its closing zero
 UNIX_PATH_MAX = 108
 
-# The emulator carries AES out on this machine's own instructions: 100 MB/s, and 6 without, which made a protection over
-# TLS take minutes to begin.
+# SVM is for the guests.  The emulator carries AES out on this machine's own instructions: 100 MB/s, and 6 without, which made
+# a protection over TLS take minutes to begin.  The rest is what any CPU with AES has, and is not known to matter.
 EMULATED_CPU = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq,+fsgsbase"
 
 # Xen: no memory scrubbing, no real-mode calls, no mitigations: each is seconds under emulation.

@@ -81,19 +81,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[Any]:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.longrepr = f"CI does not accept this: {reason}"
     item.stash.setdefault(_REPORTS, {})[report.when] = report
+    terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+    if report.failed and terminal is not None:
+        # Now, too: a run of an hour may be ended before its summary.
+        terminal.write_line("")
+        terminal.write_line(report.longreprtext[-SHOWN_AT_ONCE:])
     return report
-
-
-class ToldAtOnce:
-    """Shows a failure when it happens: a run of an hour that is ended before its summary has told why, too."""
-
-    def __init__(self, terminal: pytest.TerminalReporter) -> None:
-        self._terminal = terminal
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self._terminal.write_line("")
-            self._terminal.write_line(report.longreprtext[-SHOWN_AT_ONCE:])
 
 
 class BedKeeper:
@@ -181,9 +174,3 @@ def chance(record_property: Any) -> random.Random:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "skew(seconds): backup's Xen clock minus primary's")
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    if terminal is not None:
-        session.config.pluginmanager.register(ToldAtOnce(terminal))

@@ -34,28 +34,24 @@ def refused(
     return done.returncode, sentence.removeprefix("remus: error: ")
 
 
+REFUSALS = [
+    ("--colo nosuch backup", ExitStatus.DOMAIN, "no domain named 'nosuch'"),
+    (f"--colo {GUEST} {ABSENT}", ExitStatus.PEER_UNREACHABLE, ABSENT),
+]
+LIKE_THESE = [
+    ("--colo 4711 backup", ExitStatus.DOMAIN, "no domain with id 4711"),
+    ("--colo 0 backup", ExitStatus.DOMAIN, "domain 0"),
+    (f"--colo {GUEST} no.such.host.invalid", ExitStatus.PEER_UNREACHABLE, "no.such.host.invalid"),
+    (f"--colo {GUEST} backup --port 8003", ExitStatus.PEER_UNREACHABLE, "8003"),
+    (f"--colo {GUEST} backup --port 22", ExitStatus.PROTOCOL, "no relocation server"),
+    (f"--colo {GUEST} backup --port 99999", ExitStatus.USAGE, "99999"),
+    (f"--colo {GUEST} backup --log /no/such/dir/log", ExitStatus.USAGE, "/no/such/dir/log"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
-    [
-        ("--colo nosuch backup", ExitStatus.DOMAIN, "no domain named 'nosuch'"),
-        pytest.param("--colo 4711 backup", ExitStatus.DOMAIN, "no domain with id 4711", marks=ALIKE),
-        pytest.param("--colo 0 backup", ExitStatus.DOMAIN, "domain 0", marks=ALIKE),
-        (f"--colo {GUEST} {ABSENT}", ExitStatus.PEER_UNREACHABLE, ABSENT),
-        pytest.param(
-            f"--colo {GUEST} no.such.host.invalid",
-            ExitStatus.PEER_UNREACHABLE,
-            "no.such.host.invalid",
-            marks=ALIKE,
-        ),
-        pytest.param(f"--colo {GUEST} backup --port 8003", ExitStatus.PEER_UNREACHABLE, "8003", marks=ALIKE),
-        pytest.param(
-            f"--colo {GUEST} backup --port 22", ExitStatus.PROTOCOL, "no relocation server", marks=ALIKE
-        ),
-        pytest.param(f"--colo {GUEST} backup --port 99999", ExitStatus.USAGE, "99999", marks=ALIKE),
-        pytest.param(
-            f"--colo {GUEST} backup --log /no/such/dir/log", ExitStatus.USAGE, "/no/such/dir/log", marks=ALIKE
-        ),
-    ],
+    [*REFUSALS, *(pytest.param(*refusal, marks=ALIKE) for refusal in LIKE_THESE)],
 )
 def test_refused(protection: Protection, arguments: str, status: ExitStatus, says: str) -> None:
     protection.ensure_guest()
