@@ -158,15 +158,30 @@ class Guest:
         self._xc = bindings.lowlevel("xc").xc()
         self._xc_error: type[Exception] = bindings.lowlevel("xc").Error
         self.domid = domid
-        self._guest = self._lib.rc_guest_open(domid, int(writable))
-        if self._guest == self._ffi.NULL:
+        self._handle = self._lib.rc_guest_open(domid, int(writable))
+        if self._handle == self._ffi.NULL:
             raise _fail(self._ffi, "xc_interface_open", domid, "could not open Xen's interfaces")
         self.mapped_pages = 0
 
     def close(self) -> None:
-        if self._guest != self._ffi.NULL:
-            self._lib.rc_guest_close(self._guest)
-            self._guest = self._ffi.NULL
+        if self._handle != self._ffi.NULL:
+            self._lib.rc_guest_close(self._handle)
+            self._handle = self._ffi.NULL
+
+    @property
+    def _guest(self) -> Any:
+        """The handle, for calls of the compiled module: those would read from address 0 after :meth:`close`.
+
+        :raise XenError: it is closed.
+        """
+        if self._handle == self._ffi.NULL:
+            raise XenError(
+                f"domain {self.domid} is not open here any more: open it again",
+                operation="rc_guest_open",
+                domid=self.domid,
+                errno=errno.EBADF,
+            )
+        return self._handle
 
     def __enter__(self) -> Self:
         return self

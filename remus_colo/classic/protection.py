@@ -224,6 +224,10 @@ class CallingSession(RemusSession):
     def _make_worker(self, *args: Any, **options: Any) -> SendingWorker:
         return CallingWorker(self._calls, *args, **options)
 
+    def _end_steps(self) -> list[Callable[[], object]]:
+        """The engine is the domain's: as long as that is open, a script may protect it once more."""
+        return [step for step in super()._end_steps() if step != self.engine.close]
+
     def _start_worker(self) -> None:
         self._guest_at_rest.clear()
         self.started.set()
