@@ -143,6 +143,11 @@ class Restorer:
         return domid
 
     @property
+    def complete(self) -> bool:
+        """xl has ended by itself, and well: it wants no more."""
+        return self._process.poll() == 0
+
+    @property
     def made(self) -> bool:
         """There is a domain: xl has ended, and well, or was killed, and had no time to destroy the half-made one."""
         return self._process.returncode is not None and self._process.returncode <= 0

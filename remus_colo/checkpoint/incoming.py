@@ -20,6 +20,8 @@ _INVALID = "not a valid guest state file"
 
 Read = Callable[[int], bytes]
 """At most so many bytes; none at the end."""
+Poll = Callable[[int], bytes | None]
+"""The same, but None if nothing has come for a while: whoever reads looks then whether there is more to come."""
 
 
 class NameTaken(DomainError):
@@ -66,8 +68,11 @@ def check_free(name: str) -> None:
                 raise NameTaken(f"Domain '{taken}' already exists with ID '{domid}'")
 
 
-def restore(read: Read, name: str, *, paused: bool = False) -> int:
+def restore(read: Poll, name: str, *, paused: bool = False) -> int:
     """Make the domain of what follows the header, up to the end. Returns its domid.
+
+    The stream says itself where it ends, and then xl does: a sender that keeps the connection open, but has no
+    guest any more, must not cost it.
 
     :param paused: it is not to run yet.
     :raise XenError: it could not be made; what ``read`` raised is raised as it is.  Nothing is left of it then.
@@ -75,7 +80,12 @@ def restore(read: Read, name: str, *, paused: bool = False) -> int:
     with Store() as store:
         restorer = birth.Restorer(name)
         try:
-            while piece := read(PIECE_BYTES):
+            while not restorer.complete:
+                piece = read(PIECE_BYTES)
+                if piece is None:
+                    continue
+                if not piece:
+                    break
                 restorer.feed(piece)
             domid = restorer.finish(store)
             if not paused:

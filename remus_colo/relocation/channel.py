@@ -195,10 +195,17 @@ class Channel:
 
         :raise PeerLost: none came before the deadline, or the connection is lost.
         """
+        found = self.poll_bytes(size, deadline_s)
+        if found is None:
+            raise PeerLost(f"{self.peer} sent nothing in time")
+        return found
+
+    def poll_bytes(self, size: int, deadline_s: float) -> bytes | None:
+        """As :meth:`read`, but None if none came before the deadline."""
         buffer = bytearray(size)
         count = self._call_when(select.POLLIN, deadline_s, partial(self._sock.recv_into, memoryview(buffer)))
         if count is None:
-            raise PeerLost(f"{self.peer} sent nothing in time")
+            return None
         if not count and self._closed:
             raise PeerLost("our own side closed the connection")
         return bytes(memoryview(buffer)[:count])

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 from remus_colo.checkpoint import incoming
-from remus_colo.errors import DomainError, MessageError
+from remus_colo.errors import DomainError, MessageError, PeerLost
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.handshake import SSL_RECEIVE
 from remus_colo.relocation.server import Opening
@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 # Whoever sends a domain has something to say all the time, but for the guest's suspend.
 SILENCE_S = 60.0
+LOOK_S = 0.5  # how often is looked whether xl, which knows where the stream ends, has ended
 AT_ONCE = 4  # each has a process of xl
 
 
@@ -53,7 +54,7 @@ class Migrations:
             opening.established(channel)
             self._event("receiving", domain=name, host=opening.host)
             log.info("%s sends %s here", opening.host, name)
-            domid = incoming.restore(lambda size: channel.read(size, time.monotonic() + SILENCE_S), name)
+            domid = incoming.restore(_until_silent(channel), name)
             self._event("received", domain=name, host=opening.host, domid=domid)
             log.info("%s has come from %s: it is domain %d", name, opening.host, domid)
         channel.close()
@@ -79,3 +80,23 @@ class Migrations:
         finally:
             with self._lock:
                 del self._coming[name]
+
+
+def _until_silent(channel: Channel) -> incoming.Poll:
+    """Reads.
+
+    :raise PeerLost: from what is returned: nothing has come for too long.
+    """
+    heard_s = time.monotonic()
+
+    def read(size: int) -> bytes | None:
+        nonlocal heard_s
+        silent_s = heard_s + SILENCE_S
+        found = channel.poll_bytes(size, min(silent_s, time.monotonic() + LOOK_S))
+        if found is not None:
+            heard_s = time.monotonic()
+        elif time.monotonic() >= silent_s:
+            raise PeerLost(f"{channel.peer} sent nothing for {SILENCE_S:g} s")
+        return found
+
+    return read

@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,3 +244,90 @@ def test_what_is_not_saved(kind: str, said: str, tmp_path: Path, monkeypatch: py
     with open(tmp_path / "saved", "wb") as saved, pytest.raises(XendError, match=said):
         XendCheckpoint.save(saved, domain)
     assert (tmp_path / "saved").read_bytes() == b""
+
+
+def test_the_connection_is_closed_before_a_domain_that_has_moved_is_destroyed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who receives it may wait for the end, and a script may keep its socket for long."""
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    class Suspender(contextlib.AbstractContextManager["Suspender"]):
+        suspended = True
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def resume(self) -> None:
+            done.append("resumed")
+
+    done: list[str] = []
+    running = SimpleNamespace(shutdown=False, dying=False, paused=False)
+    guest = contextlib.nullcontext(SimpleNamespace(info=lambda: running))
+    domain = XendCheckpoint.vm.VM(dominfo=["domain", ["domid", "7"], ["name", "web"]])
+    monkeypatch.setattr(XendCheckpoint, "Guest", lambda *_, **__: guest)
+    monkeypatch.setattr(XendCheckpoint, "Store", contextlib.nullcontext)
+    monkeypatch.setattr(XendCheckpoint, "Suspender", Suspender)
+    monkeypatch.setattr(XendCheckpoint.toolstack, "domain_config", lambda _: {"c_info": {"type": "pvh"}})
+    monkeypatch.setattr(
+        XendCheckpoint.birth, "send_guest", lambda domid, config, suspend, write, *, live: write(b"guest")
+    )
+    for live, checkpoint, ended, expected in (
+        (True, False, True, ["destroyed"]),
+        (False, False, False, ["destroyed"]),
+        (True, True, False, ["resumed"]),
+    ):
+        theirs, ours = socket.socketpair()
+        theirs.setblocking(False)
+        kept = ours.dup()  # as a process that the script has forked has one
+
+        def destroy(domid: int, theirs: socket.socket = theirs, ended: bool = ended) -> None:
+            assert theirs.recv(1 << 16).endswith(b"guest")
+            with contextlib.nullcontext() if ended else pytest.raises(BlockingIOError):
+                assert theirs.recv(1) == b""
+            done.append("destroyed")
+
+        monkeypatch.setattr(XendCheckpoint.toolstack, "destroy", destroy)
+        done.clear()
+        with theirs, ours, kept:
+            XendCheckpoint.save(ours.fileno(), domain, None, live, None, checkpoint, sock=ours)
+            assert (ours.fileno() < 0) is ended
+        assert done == expected
+
+
+def test_what_is_restored_ends_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+    from xen.xend import XendCheckpoint
+
+    class Restorer:
+        complete = made = False
+
+        def __init__(self, name: str) -> None:
+            assert name == "web"
+
+        def feed(self, piece: bytes) -> None:
+            self.complete = piece == b"guest"
+
+        def finish(self, store: object) -> int:
+            return 9
+
+    domain = b"(domain (domid 3) (name web))"
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, HEADER + len(domain).to_bytes(4, "big") + domain + b"guest")
+    monkeypatch.setattr(XendCheckpoint.incoming.birth, "Restorer", Restorer)
+    monkeypatch.setattr(XendCheckpoint.incoming, "Store", contextlib.nullcontext)
+    monkeypatch.setattr(XendCheckpoint.incoming, "check_free", lambda name: None)
+    monkeypatch.setattr(XendCheckpoint.vm, "VM", lambda domid: ("VM", domid))
+    stuck = threading.Timer(30, os.close, [write_fd])
+    stuck.start()
+    try:
+        assert XendCheckpoint.restore(None, read_fd, paused=True) == ("VM", 9)
+        assert stuck.is_alive()
+    finally:
+        stuck.cancel()
+        os.close(read_fd)
+    os.close(write_fd)

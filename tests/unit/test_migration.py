@@ -34,6 +34,7 @@ class Xen:
         self.unpaused: list[int] = []
         self.refuses = ""
         self.aborted = False
+        self.ends_after: bytes | None = None
 
     def store(self) -> Any:
         store = mock.MagicMock()
@@ -48,10 +49,11 @@ class Xen:
         self.domains = {name: other for name, other in self.domains.items() if other != domid}
 
     def restorer(self, name: str) -> Any:
-        made = mock.Mock(made=False)
+        made = mock.Mock(made=False, complete=False)
 
         def feed(piece: bytes) -> None:
             self.fed += piece
+            made.complete = self.fed == self.ends_after
             if self.refuses == "feed":
                 raise XenError("xl restore failed: no memory")
 
@@ -172,6 +174,15 @@ def test_a_sender_that_falls_silent(
     arrival.send(HEADER + STREAM[:1000])
     assert isinstance(arrival.join(), PeerLost)
     assert xen.aborted and xen.domains == {}
+
+
+def test_a_sender_that_leaves_the_connection_open(xen: Xen, migrations: Migrations) -> None:
+    """Its guest is destroyed by then: the only one is what came here."""
+    xen.ends_after = STREAM
+    arrival = Arrival(migrations)
+    arrival.send(HEADER + STREAM)
+    assert arrival.join() is None
+    assert (xen.domains, xen.unpaused, xen.aborted) == ({"web": 9}, [9], False)
 
 
 def test_the_same_domain_twice_at_a_time(xen: Xen, migrations: Migrations) -> None:

@@ -6,7 +6,10 @@ The file has xend's header, and behind it what ``xl save`` writes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import socket
 from typing import Any
 
 from xen.remus import image, vm
@@ -23,6 +26,8 @@ from remus_colo.errors import RemusError
 from remus_colo.sxp_text import octets
 
 __all__ = ["COLO_SIGNATURE", "SIGNATURE", "read_exact", "restore", "save", "write_exact"]
+
+LOOK_MS = 500
 
 SIGNATURE = image.SIGNATURE
 COLO_SIGNATURE = image.COLO_SIGNATURE
@@ -69,6 +74,8 @@ def save(
     :param dominfo: a ``xen.remus.vm.VM``, or what has a ``domid``.
     :param live: copy it while it runs, first.
     :param checkpoint: it goes on here afterwards; else it is destroyed.
+    :param sock: the connection that ``fd`` is of: it is closed before a domain that was copied live is destroyed, so that
+        the other host sees the end.
     :param colo: protect it by COLO, until the backup is gone or takes over.
     :raise XendError: it failed; the domain goes on here.
     """
@@ -87,6 +94,10 @@ def save(
         number = fd if isinstance(fd, int) else fd.fileno()
         write_exact(number, header, "could not write guest state file: header")
         _save(number, domain.domid, config, live=live, go_on=checkpoint)
+        if not checkpoint:
+            if live and sock is not None:
+                _close(sock)
+            toolstack.destroy(domain.domid)
     except (RemusError, remus_save.CheckpointError) as error:
         if isinstance(error, XendError):
             raise
@@ -108,8 +119,14 @@ def _save(fd: int, domid: int, config: dict[str, Any], *, live: bool, go_on: boo
         finally:
             if (go_on or not saved) and suspender.suspended:
                 suspender.resume()
-    if not go_on:
-        toolstack.destroy(domid)
+
+
+def _close(sock: Any) -> None:
+    """Whatever kind of socket it is: the other host has the domain now, which must not go on here."""
+    with contextlib.suppress(Exception):
+        sock.shutdown(socket.SHUT_RDWR)  # also of copies of it that others have
+    with contextlib.suppress(Exception):
+        sock.close()
 
 
 def _suspend(suspender: Suspender) -> None:
@@ -134,12 +151,19 @@ def restore(
     try:
         name = incoming.read_name(lambda size: os.read(fd, size))
         incoming.check_free(name)
-        domid = incoming.restore(lambda size: os.read(fd, size), name, paused=paused)
+        domid = incoming.restore(lambda size: _poll(fd, size), name, paused=paused)
     except incoming.NameTaken as error:
         raise VmError(str(error)) from error
     except RemusError as error:
         raise XendError(str(error)) from error
     return vm.VM(domid)
+
+
+def _poll(fd: int, size: int) -> bytes | None:
+    """What has come, none at the end; None if nothing has for a while."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return os.read(fd, size) if poller.poll(LOOK_MS) else None
 
 
 def _restore_colo(session: Any) -> vm.VM:
