@@ -24,11 +24,15 @@ POINTS = {
     "c": "before what the backup has acknowledged is released",
     "c2": "after it",
 }
+LAST = "c2"
 
 
 class TestPoints:
     """Reads commands and dies at the next such point; what that means is a sudden end, of which the backup learns
     nothing but that the connection broke.
+
+    Not before the first checkpoint is done: until then the backup has nothing, and drops that, and the guest that
+    is destroyed here would be the only one.
 
     :param domid: the guest, which is destroyed: the host that it ran on counts as dead.
     """
@@ -39,6 +43,7 @@ class TestPoints:
         self._domid = domid
         self._devices = devices
         self._command = ""
+        self._replicated = False
         self._partial = b""
 
     def listen(self, loop: Loop, stream: TextIO | None = sys.stdin) -> None:
@@ -70,8 +75,10 @@ class TestPoints:
 
     def reached(self, point: str) -> None:
         """In any thread."""
-        if self._command == point:
+        if self._replicated and self._command == point:
             self._die()
+        if point == LAST:
+            self._replicated = True
 
     def _die(self) -> None:
         print("dying...", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import pytest
 from remus_colo.devices.device import DeviceSet
 from remus_colo.session import signals
 from remus_colo.session.loop import Loop
-from remus_colo.session.testpoints import LINE_BYTES, TestPoints
+from remus_colo.session.testpoints import LINE_BYTES, POINTS, TestPoints
 
 PATIENCE_S = 30
 
@@ -131,3 +131,18 @@ def test_a_line_without_an_end_is_not_kept() -> None:
         loop.close()
         os.close(read_fd)
         os.close(write_fd)
+
+
+@pytest.mark.parametrize("command", POINTS)
+def test_a_test_command_waits_until_the_backup_has_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The guest is destroyed here: without one it would be nowhere."""
+    points = TestPoints(0, DeviceSet([]))
+    points._command = command
+    died: list[str] = []
+    monkeypatch.setattr(points, "_die", lambda: died.append("dead"))
+    for deaths in ([], ["dead"]):
+        for point in POINTS:
+            points.reached(point)
+        assert died == deaths
