@@ -16,6 +16,7 @@ from remus_colo.session.loop import Loop
 log = logging.getLogger(__name__)
 
 LINE_BYTES = 4096
+FILE_BYTES = 65536  # of a file on stdin; it may be /dev/zero
 POINTS = {
     "s": "before the devices are told that the guest has suspended",
     "s2": "after it",
@@ -47,14 +48,17 @@ class TestPoints:
         self._partial = b""
 
     def listen(self, loop: Loop, stream: TextIO | None = sys.stdin) -> None:
-        """Read commands from now on; nothing happens without a stream that can be waited for."""
+        """Read commands from now on; those of a file, for which nobody can wait, at once."""
         if stream is None:
             return
         try:
             fd = stream.fileno()
-            loop.add_reader(fd, lambda: self._read(loop, fd))
+            try:
+                loop.add_reader(fd, lambda: self._read(loop, fd))
+            except PermissionError:  # of epoll: it is no terminal, pipe or socket, but a file
+                self._take(os.read(fd, FILE_BYTES) + b"\n")
         except (OSError, ValueError):
-            return  # closed, or a file, which select() does not take
+            return  # closed
 
     def _read(self, loop: Loop, fd: int) -> None:
         try:
@@ -64,6 +68,9 @@ class TestPoints:
         if not data:
             loop.remove_reader(fd)
             return
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
         *lines, self._partial = (self._partial + data).split(b"\n")
         self._partial = self._partial[-LINE_BYTES:]  # no command is that long
         for line in lines:

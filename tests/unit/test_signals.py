@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +147,17 @@ def test_a_test_command_waits_until_the_backup_has_a_checkpoint(
         for point in POINTS:
             points.reached(point)
         assert died == deaths
+
+
+@pytest.mark.parametrize(("text", "command"), [("s\nr2\n", "r2"), ("c", "c"), ("", "")])
+def test_commands_in_a_file(tmp_path: Path, text: str, command: str) -> None:
+    """epoll takes none."""
+    (tmp_path / "commands").write_text(text)
+    points = TestPoints(0, DeviceSet([]))
+    loop = Loop()
+    try:
+        with open(tmp_path / "commands") as stream:
+            points.listen(loop, stream)
+    finally:
+        loop.close()
+    assert points._command == command
