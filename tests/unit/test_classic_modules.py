@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -674,8 +675,10 @@ def test_a_disk_on_drbd(drbd_tools: Callable[[str, str], Path]) -> None:
     ]
     assert disk.ctlfd is not None and os.path.samestat(os.fstat(disk.ctlfd.fileno()), path.stat())
     assert (disk.is_drbd, disk.ackwait) == (True, False)
-    with pytest.raises(NetworkError, match="did not take a checkpoint"):
+    with pytest.raises(NetworkError, match="did not take a checkpoint") as refused:
         disk.postsuspend()
+    assert isinstance(refused.value, OSError)  # as a script catches it
+    assert refused.value.errno == errno.ENOTTY
     disk.preresume()  # nothing to wait for
     disk.commit()
     disk.uninstall()
@@ -746,6 +749,63 @@ def buffer_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(device, "Links", contextlib.nullcontext)
     monkeypatch.setattr(device.kmod, "load", lambda *_: None)
     return calls
+
+
+def test_what_the_kernel_refuses_is_raised_as_it_was(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By netlink, IOError; by what were commands, util.PipeException."""
+
+    def refuse(*_: object) -> None:
+        raise NetworkError("the kernel refused") from OSError(errno.ENODEV, "no such device")
+
+    nic = device.BufferedNIC(vif.parse({}, 7, 0))
+    monkeypatch.setattr(device, "Plug", lambda *_: SimpleNamespace(install=refuse))
+    with pytest.raises(OSError, match=r"^the kernel refused$") as refused:
+        nic.postsuspend()
+    assert isinstance(refused.value, device.BufferedNICException)
+    assert refused.value.errno == errno.ENODEV
+    plug = mock.Mock(**{"release_one.side_effect": refuse, "remove.side_effect": refuse})
+    monkeypatch.setattr(device, "Plug", lambda *_: plug)
+    nic.postsuspend()
+    with pytest.raises(OSError, match="the kernel refused"):
+        nic.commit()
+    nic.uninstall()
+    assert buffer_calls[-2:] == ["straight", "put"]
+
+
+def test_what_no_detour_can_be_made_of_is_raised_as_a_command_that_failed(
+    surroundings: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise NetworkError("the kernel refused")
+
+    monkeypatch.setattr(ifb, "stop_redirecting", refuse)
+    buffer = device.IFBBuffer("ifb0")
+    buffer.install(vif.parse({}, 7, 0))
+    with pytest.raises(util.PipeException, match="the kernel refused"):
+        buffer.uninstall()
+    monkeypatch.setattr(ifb, "redirect_input", refuse)
+    with pytest.raises(util.PipeException, match="the kernel refused") as failed:
+        buffer.install(vif.parse({}, 7, 0))
+    assert failed.value.errno == errno.EIO
+    protection.diverted.clear()
+
+
+def test_what_a_scripts_own_buffer_raises_keeps_nothing_else_from_being_taken_down(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(device.Netbuf):
+        def install(self, vif: object) -> None:
+            pass
+
+        def uninstall(self) -> None:
+            raise util.PipeException("tc failed", 2)
+
+    pool = SimpleNamespace(get=lambda: Own("lo"), put=lambda buffer: buffer_calls.append("put"))
+    monkeypatch.setattr(device, "Netbufpool", lambda kind: pool)
+    device.BufferedNIC(vif.parse({}, 7, 0)).uninstall()
+    assert buffer_calls == ["put"]
 
 
 def test_what_a_buffer_holds_at_its_end_has_time_to_leave(buffer_calls: list[str]) -> None:

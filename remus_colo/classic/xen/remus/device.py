@@ -8,6 +8,7 @@ A script makes them, and calls their hooks in its own: ``postsuspend`` after the
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -15,7 +16,7 @@ import re
 import socket
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from xen.remus import blkdev, netlink, qdisc, util
@@ -28,7 +29,7 @@ from remus_colo.classic import protection
 from remus_colo.devices.device import CheckpointedDevice
 from remus_colo.devices.disk import DRBD_PREFIX, DrbdDisk
 from remus_colo.devices.netbuffer import DRAIN_TIMEOUT_S, LIMIT_BYTES
-from remus_colo.errors import RemusError
+from remus_colo.errors import NetworkError, RemusError
 from remus_colo.proxy.primary_path import VifPath
 
 __all__ = [
@@ -60,6 +61,38 @@ class ReplicatedDiskException(Exception):
 
 class BufferedNICException(Exception):
     """Output cannot be held."""
+
+
+class _Refused(NetworkError, OSError):
+    """The kernel did not take what a hook told it, of which the old hooks let IOError out."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(number, message)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class _BufferRefused(_Refused, BufferedNICException):
+    """The same, of a buffer."""
+
+
+class _DetourRefused(NetworkError, util.PipeException):
+    """Output cannot be led through a device, or past it; the old module had commands do that."""
+
+    def __init__(self, message: str, number: int) -> None:
+        Exception.__init__(self, message)
+        self.errno = number
+
+
+@contextlib.contextmanager
+def _refusals(kind: type[_Refused | _DetourRefused]) -> Iterator[None]:
+    """Errors of ours as scripts expect them."""
+    try:
+        yield
+    except RemusError as error:
+        number = getattr(error.__cause__, "errno", None) or getattr(error.__cause__, "code", None)
+        raise kind(str(error), number if isinstance(number, int) else errno.EIO) from error
 
 
 class ReplicatedDisk(CheckpointedDevice):
@@ -108,12 +141,15 @@ class ReplicatedDisk(CheckpointedDevice):
             self._disk = None
 
     def postsuspend(self) -> None:
+        """:raise OSError: DRBD does not take the checkpoint; so does :meth:`preresume`."""
         if self._disk is not None:
-            self._disk.postsuspend()
+            with _refusals(_Refused):
+                self._disk.postsuspend()
 
     def preresume(self) -> None:
         if self._disk is not None:
-            self._disk.preresume()
+            with _refusals(_Refused):
+                self._disk.preresume()
 
 
 _rth: netlink.rtnl | None = None
@@ -167,6 +203,7 @@ class IFBBuffer(Netbuf):
     """An ifb device; it is made if there is none of that name, and then goes at the end.
 
     What the network card says that a device model emulates beside the vif goes through it, too.
+    :meth:`install` and :meth:`uninstall` raise ``util.PipeException`` if the kernel refuses.
     """
 
     def __init__(self, devname: str) -> None:
@@ -184,7 +221,7 @@ class IFBBuffer(Netbuf):
 
     def install(self, vif: VIF) -> None:
         self.vif = vif
-        with contextlib.ExitStack() as stack:
+        with _refusals(_DetourRefused), contextlib.ExitStack() as stack:
             links = stack.enter_context(Links())
             if links.exists(self.devname):
                 # Of a process that was killed: who knows whether its guest went on elsewhere.
@@ -211,7 +248,8 @@ class IFBBuffer(Netbuf):
     def uninstall(self) -> None:
         stack, self._stack = self._stack, None
         if stack is not None:
-            stack.close()
+            with _refusals(_DetourRefused):
+                stack.close()
 
 
 class IMQBuffer(Netbuf):
@@ -303,7 +341,7 @@ class BufferedNIC(CheckpointedDevice):
 
     :ivar bufdev: the device that the output goes through, and ``bufdevno`` its index.
     :ivar q: the plug, as a message has it; its ``action`` is the last one.
-    :raise BufferedNICException: it cannot be held.
+    :raise BufferedNICException: it cannot be held.  What the hooks raise if the kernel refuses is OSError, too.
     """
 
     def __init__(self, vif: VIF) -> None:
@@ -327,7 +365,7 @@ class BufferedNIC(CheckpointedDevice):
             self.bufdev.install(self.vif)
             self._undo.callback(_tell, self.bufdev.uninstall)
             self.bufdevno = socket.if_nametoindex(self.bufdev.devname)
-        except (RemusError, OSError) as error:
+        except (RemusError, OSError, util.PipeException) as error:
             self._undo.close()
             raise BufferedNICException(str(error)) from error
         self.handle = qdisc.TC_H_ROOT
@@ -337,15 +375,12 @@ class BufferedNIC(CheckpointedDevice):
         """Put the plug in; the first ``postsuspend`` does so."""
         if self.installed:
             return
-        try:
-            with contextlib.ExitStack() as stack:
-                links = stack.enter_context(Links())
-                plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
-                plug.install()
-                stack.callback(_tell, functools.partial(_take_out, plug, self.vif.dev))
-                self._undo.push(stack.pop_all())
-        except RemusError as error:
-            raise BufferedNICException(str(error)) from error
+        with _refusals(_BufferRefused), contextlib.ExitStack() as stack:
+            links = stack.enter_context(Links())
+            plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
+            plug.install()
+            stack.callback(_tell, functools.partial(_take_out, plug, self.vif.dev))
+            self._undo.push(stack.pop_all())
         self._plug = plug
         self.installed = True
 
@@ -362,11 +397,13 @@ class BufferedNIC(CheckpointedDevice):
         if self._plug is None:
             raise BufferedNICException(f"there is no plug on {self.bufdev.devname}")
         self.q.action = action
-        {
+        tell = {
             qdisc.TC_PLUG_BUFFER: self._plug.buffer,
             qdisc.TC_PLUG_RELEASE_ONE: self._plug.release_one,
             qdisc.TC_PLUG_RELEASE_INDEFINITE: self._plug.release,
-        }[action]()
+        }[action]
+        with _refusals(_BufferRefused):
+            tell()
         return True
 
     def uninstall(self) -> None:
@@ -399,7 +436,7 @@ def _tell(take_down: Callable[[], None]) -> None:
     """What cannot be taken down is no reason to leave the rest."""
     try:
         take_down()
-    except RemusError as error:
+    except (RemusError, util.PipeException) as error:
         log.warning("%s", error)
 
 
