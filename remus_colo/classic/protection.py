@@ -68,6 +68,30 @@ class Calls:
         return True
 
 
+class Heard:
+    """What a script's callbacks raise is the script's own, whatever is made of it on the way out.
+
+    :ivar error: the first that one has raised.
+    """
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def of(self, call: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """The callback, listened to."""
+        if call is None:
+            return None
+
+        def heard() -> Any:
+            try:
+                return call()
+            except BaseException as error:
+                self.error = self.error or error
+                raise
+
+        return heard
+
+
 def goes_on(call: Callable[[], Any] | None) -> bool:
     """Whether a callback, if there is one, lets the checkpoints go on: by None, or by something true."""
     if call is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,14 +14,23 @@ import pytest
 from primary_world import DOMID, PATIENCE_S, VIF, Engine, Faults, join_all
 from remus_world import RemusBackup, Rounds
 
+import remus_colo.classic.finder
 from remus_colo.adapters import xenctrl
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.classic import protection
 from remus_colo.classic.protection import CallingSession, Calls, Link
-from remus_colo.errors import XenError
+from remus_colo.errors import DomainError, NetworkError, XenError
 from remus_colo.relocation.channel import Channel
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import remus_primary, remus_worker
+
+assert remus_colo.classic.finder.XenFinder
+
+pytest.importorskip("pyroute2", reason="pyroute2 is not installed (Debian: python3-pyroute2)")
+pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
+
+from xen.lowlevel import checkpoint  # noqa: E402
+from xen.remus import save  # noqa: E402
 
 
 class NearChannel(Channel):
@@ -40,7 +49,9 @@ class Host:
         self.faults = Faults(self)  # type: ignore[arg-type]
         self.engine: Any = Engine(self.faults, Mode.COOPERATIVE)
         self.engine.suspender, self.engine.dirty_log, self.engine.device_model = mock.Mock(), True, None
-        self.domain: Any = SimpleNamespace(domid=DOMID, name="web", engine=self.engine, store=mock.Mock())
+        self.domain: Any = SimpleNamespace(
+            domid=DOMID, name="web", engine=self.engine, store=mock.Mock(), close=lambda: None
+        )
 
     def link(self) -> Any:
         ours, theirs = zip(*(socket.socketpair() for _ in range(2)), strict=True)
@@ -52,11 +63,22 @@ class Host:
         return SimpleNamespace(link=link)
 
     def run(self, calls: Calls) -> None:
+        self._until_the_end(
+            lambda iofile: protection.run(self.domain, iofile, calls, interval_s=0, compress=False)
+        )
+
+    def start(self, **callbacks: Any) -> None:
+        """As a script does."""
+        checkpointer = checkpoint.checkpointer()
+        checkpointer._domain = self.domain
+        self._until_the_end(lambda iofile: checkpointer.start(iofile, **callbacks))
+
+    def _until_the_end(self, protect: Callable[[Any], None]) -> None:
         iofile = self.link()
         too_long = threading.Timer(PATIENCE_S, self.backup.leave)
         too_long.start()
         try:
-            protection.run(self.domain, iofile, calls, interval_s=0, compress=False)
+            protect(iofile)
         finally:
             assert too_long.is_alive(), "the protection did not end"
             too_long.cancel()
@@ -94,6 +116,48 @@ def test_a_domain_that_is_open_can_be_protected_twice(host: Host) -> None:
         assert host.engine.guest.running
         assert not host.engine.closed
     assert host.steps.count("suspend") == 2
+
+
+@pytest.mark.parametrize("callback", ["suspend", "resume", "checkpoint"])
+@pytest.mark.parametrize(
+    "mine", [NetworkError("mine"), ValueError("mine")], ids=lambda error: type(error).__name__
+)
+def test_what_a_callback_raises_comes_out_as_it_is(host: Host, callback: str, mine: Exception) -> None:
+    """Also what a device of ours has raised in one."""
+
+    def fail() -> None:
+        raise mine
+
+    with pytest.raises(type(mine)) as raised:
+        host.start(
+            **{
+                {"suspend": "suspend_cb", "resume": "postcopy_cb", "checkpoint": "checkpoint_cb"}[
+                    callback
+                ]: fail
+            }
+        )
+    assert raised.value is mine
+    assert host.engine.guest.running
+
+
+def test_what_a_callback_raises_under_colo_comes_out_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = NetworkError("mine")
+
+    def fail() -> None:
+        raise mine
+
+    def run(domid: int, link: Any, calls: Any, **_: object) -> None:
+        with pytest.raises(NetworkError):
+            calls.suspend()
+        raise DomainError("the session ended because of that")
+
+    monkeypatch.setattr(save.vm, "VM", lambda domid: SimpleNamespace(domid=domid, dominfo=[]))
+    monkeypatch.setattr(save.colo, "run", run)
+    socket_to_backup = save.MigrationSocket.__new__(save.MigrationSocket)
+    socket_to_backup.link = Link.__new__(Link)
+    with pytest.raises(NetworkError) as raised:
+        save.ColoSaver(DOMID, socket_to_backup, fail).start()
+    assert raised.value is mine
 
 
 def test_a_guest_that_is_closed_is_an_error_and_no_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ class checkpointer:
         :param checkpoint_cb: called when a checkpoint is written, or, by a ``MigrationSocket``, acknowledged.
         :param interval: ms; suspend the guest at this interval by a clock. 0: when ``checkpoint_cb`` returns.
         :param flags: 1: compress, where the receiver understands it.
-        :raise error: it failed; the guest runs, unless the backup has taken over.
+        :raise error: it failed; the guest runs, unless the backup has taken over.  What a callback raised is
+            raised as it is.
         :raise TypeError: no descriptor, or something that cannot be called.
         """
         if self._domain is None:
@@ -64,10 +65,13 @@ class checkpointer:
         ):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{name} callback not callable")
-        calls = protection.Calls(suspend_cb, postcopy_cb, checkpoint_cb)
+        heard = protection.Heard()
+        calls = protection.Calls(heard.of(suspend_cb), heard.of(postcopy_cb), heard.of(checkpoint_cb))
         try:
             protection.run(self._domain, iofile, calls, interval_s=interval / 1000, compress=bool(flags & 1))
         except RemusError as failure:
+            if heard.error is not None:
+                raise heard.error  # noqa: B904 (it has its own cause)
             raise error(str(failure)) from failure
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.suspend import Suspender
 from remus_colo.classic import colo
-from remus_colo.classic.protection import Link
+from remus_colo.classic.protection import Heard, Link
 from remus_colo.errors import RemusError
 from remus_colo.session.colo_primary import ColoSession
 
@@ -314,10 +314,18 @@ class ColoSaver(Saver):
             raise CheckpointError("COLO needs a backup that answers: give a MigrationSocket")
         self.fd.write(image.makeheader(self.vm.dominfo or [], colo=True))
         self.fd.flush()
-        calls = colo.Calls(self.suspendcb, self.resumecb, self.checkpointcb, self.waitcheckpointcb)
+        heard = Heard()
+        calls = colo.Calls(
+            heard.of(self.suspendcb),
+            heard.of(self.resumecb),
+            heard.of(self.checkpointcb),
+            self.waitcheckpointcb,
+        )
         try:
             colo.run(self.vm.domid, link, calls, period_s=self.interval / 1000, on_session=self._meet)
         except RemusError as error:
+            if heard.error is not None:
+                raise heard.error  # noqa: B904 (it has its own cause)
             raise CheckpointError(str(error)) from error
 
     def _meet(self, session: ColoSession) -> None:
