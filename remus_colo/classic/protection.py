@@ -27,7 +27,7 @@ from remus_colo.checkpoint.guestinfo import (
     refuse_for_remus,
     refuse_stopped,
 )
-from remus_colo.checkpoint.periodic import PeriodicCheckpoints
+from remus_colo.checkpoint.periodic import Ended, PeriodicCheckpoints
 from remus_colo.devices.device import DeviceSet
 from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError
 from remus_colo.primary import connect
@@ -300,22 +300,42 @@ def _run_linked(domain: Domain, link: Link, calls: Calls, *, interval_s: float, 
         session.started.wait()
         if not ended:
             session.worker.run()
-    except BaseException as error:
+    except BaseException as error:  # raised below, if it is not what came of another
         failure = error
-        raise
-    finally:
-        session.worker_ended(failure)
-        session.request_stop()
-        thread.join()
-        loop.close()
-        if session.goes_on_here:
-            withheld.discard(domain.domid)
+    session.worker_ended(failure)
+    session.request_stop()
+    thread.join()
+    loop.close()
+    if session.goes_on_here:
+        withheld.discard(domain.domid)
     (status,) = ended
+    reason = _reason(domain.name, session, status, failure)
+    if reason is failure and failure is not None:
+        raise failure
+    if reason is not None:
+        raise reason from failure
+
+
+def _reason(
+    name: str, session: CallingSession, status: ExitStatus | BaseException, failure: BaseException | None
+) -> BaseException | None:
+    """Why a protection has ended; None if a call of the script's has ended it.
+
+    :param failure: what the checkpoints ended with.  Where the session knows more, this only came of it: a channel
+        that was closed here, a copy that was given up.
+    """
+    if failure is not None and not isinstance(failure, (RemusError, OSError, Ended)):
+        return failure  # the script's own, as Ctrl-C is
     if isinstance(status, BaseException):
-        raise status
+        return status
     if session.failure is not None:
-        raise session.failure
+        return session.failure
     if status is ExitStatus.FENCED:
-        raise PeerLost(f"the backup has taken over {domain.name}: it was stopped here")
+        return PeerLost(f"the backup has taken over {name}: it was stopped here")
     if status is ExitStatus.UNPROTECTED:
-        raise PeerLost(f"the backup is gone, {domain.name} goes on unprotected")
+        return PeerLost(f"the backup is gone, {name} goes on unprotected")
+    if isinstance(failure, Ended):
+        return DomainError(f"{name} has ended before it was copied: start it again, and protect it then")
+    if failure is None and status is not ExitStatus.OK:
+        return RemusError(f"the protection of {name} has failed, and left no reason: see the log")
+    return failure

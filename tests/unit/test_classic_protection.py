@@ -17,10 +17,12 @@ from remus_world import RemusBackup, Rounds
 import remus_colo.classic.finder
 from remus_colo.adapters import xenctrl
 from remus_colo.checkpoint.guestinfo import Mode
+from remus_colo.checkpoint.periodic import Ended
 from remus_colo.classic import protection
 from remus_colo.classic.protection import CallingSession, Calls, Link
-from remus_colo.errors import DomainError, NetworkError, XenError
+from remus_colo.errors import DomainError, ExitStatus, NetworkError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.relocation.channel import Channel
+from remus_colo.relocation.schema import MessageType
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import remus_primary, remus_worker
 
@@ -45,6 +47,7 @@ class Host:
 
     def __init__(self) -> None:
         self.steps: list[str] = []
+        self.before_run: Callable[[], object] = lambda: None
         self.at: dict[str, Any] = {}
         self.faults = Faults(self)  # type: ignore[arg-type]
         self.engine: Any = Engine(self.faults, Mode.COOPERATIVE)
@@ -59,7 +62,6 @@ class Host:
         link.host, link.options = "backup", RemusOptions("web")
         link.control, link.data = (NearChannel(sock, generation=1, peer="the backup") for sock in ours)
         self.backup = RemusBackup(*(Channel(sock, generation=1) for sock in theirs))
-        self.backup.start()
         return SimpleNamespace(link=link)
 
     def run(self, calls: Calls) -> None:
@@ -75,7 +77,9 @@ class Host:
 
     def _until_the_end(self, protect: Callable[[Any], None]) -> None:
         iofile = self.link()
+        self.before_run()
         too_long = threading.Timer(PATIENCE_S, self.backup.leave)
+        self.backup.start()
         too_long.start()
         try:
             protect(iofile)
@@ -158,6 +162,59 @@ def test_what_a_callback_raises_under_colo_comes_out_as_it_is(monkeypatch: pytes
     with pytest.raises(NetworkError) as raised:
         save.ColoSaver(DOMID, socket_to_backup, fail).start()
     assert raised.value is mine
+
+
+def test_a_backup_that_gives_up_while_the_guest_is_copied(host: Host) -> None:
+    """Its reason counts, and not that no more could be sent."""
+    host.before_run = lambda: host.backup.at.update(
+        {
+            (MessageType.CREATE_STREAM, 1): lambda _: host.backup.say(MessageType.ABORT, reason="no memory"),
+            (MessageType.CHECKPOINT_END, 1): lambda _: None,
+        }
+    )
+    with pytest.raises(PeerError, match="the backup host gave up: no memory"):
+        host.run(Calls(checkpoint=lambda: True))
+    assert host.engine.guest.running
+
+
+@pytest.mark.parametrize("kind", [MessageType.CHECKPOINT_BEGIN, MessageType.CHECKPOINT_END])
+def test_a_backup_that_goes(host: Host, kind: MessageType) -> None:
+    host.before_run = lambda: host.backup.at.update({(kind, 3): lambda _: host.backup.leave()})
+    with pytest.raises(PeerLost, match="the backup is gone, web goes on unprotected"):
+        host.run(Calls(checkpoint=lambda: True))
+    assert host.engine.guest.running
+
+
+STOP = KeyboardInterrupt()
+LOST = PeerLost("the channel to the backup is broken: it was closed here")
+REFUSED = PeerError("no memory")
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "failure", "expected"),
+    [
+        (ExitStatus.OK, None, None, None),
+        (ExitStatus.OK, None, LOST, LOST),
+        (ExitStatus.PEER_REFUSED, REFUSED, LOST, REFUSED),
+        (ExitStatus.PEER_REFUSED, REFUSED, Ended(), REFUSED),
+        (ExitStatus.PEER_REFUSED, REFUSED, STOP, STOP),
+        (ExitStatus.UNPROTECTED, None, LOST, "goes on unprotected"),
+        (ExitStatus.FENCED, None, LOST, "has taken over web"),
+        (ExitStatus.FENCED, None, None, "has taken over web"),
+        (ExitStatus.OK, None, Ended(), "web has ended before it was copied"),
+        (ExitStatus.FAILURE, None, None, "left no reason"),
+        (REFUSED, None, LOST, REFUSED),
+    ],
+)
+def test_the_reason_that_a_script_is_told(
+    status: Any, told: RemusError | None, failure: BaseException | None, expected: BaseException | str | None
+) -> None:
+    session: Any = SimpleNamespace(failure=told)
+    reason = protection._reason("web", session, status, failure)
+    if isinstance(expected, str):
+        assert isinstance(reason, RemusError) and expected in str(reason)
+    else:
+        assert reason is expected
 
 
 def test_a_guest_that_is_closed_is_an_error_and_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
