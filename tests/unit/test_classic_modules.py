@@ -29,6 +29,7 @@ from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.classic import colo, protection
 from remus_colo.classic.colo import CallingDevice
 from remus_colo.classic.protection import Calls, Plain, goes_on
+from remus_colo.devices import netbuffer
 from remus_colo.errors import DomainError, ExitStatus, NetworkError, PeerLost
 from remus_colo.remus_options import RemusOptions
 from remus_colo.session import lock, recovery
@@ -806,6 +807,24 @@ def test_what_a_scripts_own_buffer_raises_keeps_nothing_else_from_being_taken_do
     monkeypatch.setattr(device, "Netbufpool", lambda kind: pool)
     device.BufferedNIC(vif.parse({}, 7, 0)).uninstall()
     assert buffer_calls == ["put"]
+
+
+def test_a_buffer_holds_as_much_as_its_script_wants(
+    buffer_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def plug(links: object, name: str, limit_bytes: int) -> mock.Mock:
+        limits.append(limit_bytes)
+        return mock.Mock()
+
+    monkeypatch.setattr(device, "Plug", plug)
+    for wanted in (None, 4 << 20):
+        nic = device.BufferedNIC(vif.parse({}, 7, 0))
+        nic.q.limit = wanted or nic.q.limit
+        nic.postsuspend()
+        nic.uninstall()
+    assert limits == [netbuffer.LIMIT_BYTES, 4 << 20]
 
 
 def test_what_a_buffer_holds_at_its_end_has_time_to_leave(buffer_calls: list[str]) -> None:

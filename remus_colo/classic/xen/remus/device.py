@@ -340,7 +340,8 @@ class BufferedNIC(CheckpointedDevice):
     otherwise the guest would be cut off for good.
 
     :ivar bufdev: the device that the output goes through, and ``bufdevno`` its index.
-    :ivar q: the plug, as a message has it; its ``action`` is the last one.
+    :ivar q: the plug, as a message has it; its ``action`` is the last one, and its ``limit``, in bytes, the one that
+        :meth:`install` gives it.
     :raise BufferedNICException: it cannot be held.  What the hooks raise if the kernel refuses is OSError, too.
     """
 
@@ -377,7 +378,7 @@ class BufferedNIC(CheckpointedDevice):
             return
         with _refusals(_BufferRefused), contextlib.ExitStack() as stack:
             links = stack.enter_context(Links())
-            plug = Plug(links, self.bufdev.devname, LIMIT_BYTES)
+            plug = Plug(links, self.bufdev.devname, self.q.limit)
             plug.install()
             stack.callback(_tell, functools.partial(_take_out, plug, self.vif.dev))
             self._undo.push(stack.pop_all())

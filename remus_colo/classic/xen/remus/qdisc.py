@@ -13,6 +13,8 @@ from typing import Any
 
 from xen.remus import netlink
 
+from remus_colo.devices.netbuffer import LIMIT_BYTES
+
 TC_H_ROOT = 0xFFFFFFFF
 TC_PRIO_MAX = 15
 TC_PLUG_BUFFER = 0
@@ -23,7 +25,7 @@ TC_PLUG_LIMIT = 3
 TC_PLUG_CHECKPOINT = TC_PLUG_BUFFER
 TC_PLUG_RELEASE = TC_PLUG_RELEASE_ONE
 # In bytes, as the kernel reads it.
-PLUG_LIMIT_BYTES = 64 << 20
+PLUG_LIMIT_BYTES = LIMIT_BYTES
 
 qdisc_kinds: dict[str, type[Qdisc]] = {}
 
