@@ -23,6 +23,7 @@ from remus_colo.options import (
     CheckpointChoice,
     ColoOptions,
     Parser,
+    UnlessZero,
     check_hook,
     count,
     milliseconds,
@@ -75,6 +76,7 @@ def _add_classic_options(group: argparse._ArgumentGroup) -> None:
         "--interval",
         metavar="MS",
         type=milliseconds,
+        action=UnlessZero,
         help=f"checkpoint every MS milliseconds (default {defaults.DEFAULT_INTERVAL_MS}; not used with --colo)",
     )
     group.add_argument(
@@ -82,6 +84,7 @@ def _add_classic_options(group: argparse._ArgumentGroup) -> None:
         "--port",
         metavar="PORT",
         type=int,
+        action=UnlessZero,
         help=f"relocation port of the destination (default {defaults.DEFAULT_PORT}, "
         f"with --ssl {defaults.DEFAULT_SSL_PORT})",
     )

@@ -193,6 +193,19 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
+class UnlessZero(argparse.Action):
+    """0 is as good as the option not given, as it was to Xen's ``remus``."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values or self.default)
+
+
 def exit_status_text(*statuses: ExitStatus) -> str:
     """The part of ``--help`` on exit statuses.
 

@@ -110,13 +110,12 @@ def test_classic_options_without_a_meaning_for_colo_are_noted() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("-i 0 web backup", "--interval must be at least 1 ms"),
         ("--colo --no-disk web", "--no-disk cannot be used with --colo"),
         ("--colo", "required: domain"),
         ("--colo a b c", "unrecognized arguments: c"),
         ("--colo --blackhole web", "--blackhole cannot be used with --colo"),
         ("--colo --no-net web", "--no-net cannot be used with --colo"),
-        ("--colo -p 0 web", "port 0 does not exist"),
+        ("--colo -p -1 web", "port -1 does not exist"),
         ("--colo -p 65536 web", "port 65536 does not exist"),
         ("--colo -p http web", "-p/--port: invalid int value: 'http'"),
         ("--colo -i -5 web", "-5 is negative"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,14 @@ def test_every_classic_option() -> None:
         compression=False,
         timer=True,
     )
+
+
+def test_zero_is_the_default_as_it_was(tmp_path: Path) -> None:
+    assert cli.parse(["-i", "0", "-p", "0", "web"]) == cli.parse(["web"])
+    (tmp_path / "config").write_text("(xend-relocation-port 9000)(remus-colo (interval 50))")
+    options = cli.parse(["--config", str(tmp_path / "config"), "--interval=0", "--port=0", "web"])
+    assert isinstance(options, RemusOptions)
+    assert (options.port, options.interval_s) == (9000, 0.05)
 
 
 def test_a_writable_disk_that_nothing_replicates_is_refused() -> None:
