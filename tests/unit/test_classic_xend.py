@@ -67,6 +67,23 @@ def test_without_a_file_the_defaults_are_xends() -> None:
     assert options.get_xend_relocation_server_ssl_key_file() is None
 
 
+def test_a_subclass_has_defaults_of_its_own(tmp_path: Path) -> None:
+    class Options(XendOptions.XendOptions):
+        xend_relocation_server_default = "yes"
+        xend_relocation_port_default = 9000
+        dom0_min_mem_default = 196
+        vnc_tls_default = 1
+
+    assert XendOptions.XendOptions.xend_relocation_ssl_server_default == "no"
+    (tmp_path / "config").write_text("(xend-relocation-port 9001)")
+    options = Options(str(tmp_path / "config"))
+    assert options.get_xend_relocation_server() is True
+    assert (options.get_xend_relocation_port(), options.get_xend_relocation_ssl_port()) == (9001, 8003)
+    assert (options.get_dom0_min_mem(), options.get_enable_dom0_ballooning()) == (196, True)
+    assert options.get_vnc_tls() == 1
+    assert Options().get_xend_relocation_port() == 9000
+
+
 def test_what_the_file_says(options: Callable[[str], XendOptions.XendOptions], tmp_path: Path) -> None:
     got = options(
         "(network-script 'network-bridge netdev=eth1')(dom0-min-mem 196)(total_available_memory 3)"

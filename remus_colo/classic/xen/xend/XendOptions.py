@@ -81,6 +81,8 @@ class XendOptions:
     config_var = config.ENVIRONMENT
     network_script_dir = SCRIPTS_DIR
     block_script_dir = SCRIPTS_DIR
+    xend_relocation_server_default = "no"
+    xend_relocation_ssl_server_default = "no"
     xend_relocation_port_default = 8002
     xend_relocation_ssl_port_default = 8003
     xend_relocation_address_default = ""
@@ -140,7 +142,7 @@ class XendOptions:
 
     def get_enable_dom0_ballooning(self) -> bool:
         """Off by default where dom0 has no minimum."""
-        default = "yes" if self.get_config_int("dom0-min-mem", 0) else "no"
+        default = "yes" if self.get_dom0_min_mem() else "no"
         return self.get_config_bool("enable-dom0-ballooning", default)
 
     def get_reserved_memory(self) -> int:
@@ -148,10 +150,11 @@ class XendOptions:
         return self.get_config_int("total_available_memory", 0) if self.get_enable_dom0_ballooning() else 0
 
     def __getattr__(self, attribute: str) -> Any:
-        """The methods of the table."""
+        """The methods of the table; a subclass has defaults of its own by attributes ``NAME_default``."""
         for name, key, form, default in _GETTERS:
             if attribute == f"get_{name}":
-                return functools.partial(getattr(self, f"get_config_{form}"), key, default)
+                preferred = getattr(self, f"{name}_default", default)
+                return functools.partial(getattr(self, f"get_config_{form}"), key, preferred)
         raise AttributeError(f"XendOptions has no {attribute}")
 
     def __dir__(self) -> list[str]:
