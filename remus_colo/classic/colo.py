@@ -4,23 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from remus_colo import cli, primary
 from remus_colo.adapters import toolstack
+from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.classic.protection import Link, goes_on
 from remus_colo.devices.device import CheckpointedDevice, DeviceSet
-from remus_colo.errors import DomainError, ExitStatus, PeerLost
+from remus_colo.errors import DomainError, ExitStatus, PeerLost, RemusError, XenError
 from remus_colo.options import ColoOptions
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
+from remus_colo.session import recovery
 from remus_colo.session.colo_primary import ColoSession
 from remus_colo.session.lock import only_one
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,16 @@ def run(
 
         waiter = Waiter(calls.wait)
         devices = DeviceSet([CallingDevice(calls, lambda: session.request_stop()), waiter])
-        session = ColoSession(loop, config, engine, store, make_peer, lambda *_, **__: None, devices)
+        session = ColoSession(
+            loop,
+            config,
+            engine,
+            store,
+            make_peer,
+            lambda *_, **__: None,
+            devices,
+            rebirth=functools.partial(rebirth, name, engine.guest, store),
+        )
         waiter.session = session
         on_session(session)
         try:
@@ -97,6 +113,30 @@ def run(
             raise PeerLost(f"the backup has taken over {name}: it was stopped here")
         if status is ExitStatus.UNPROTECTED:
             raise PeerLost(f"the backup is gone, {name} goes on unprotected")
+
+
+@contextlib.contextmanager
+def rebirth(name: str, guest: Guest, store: Store) -> Iterator[None]:
+    """Around the guest's resume as if in a new domain: if it breaks off half-way, it is done anew, once.  What does that
+    for ``remus`` is its guard, which a script has not.
+
+    :raise XenError: the guest stands still for good.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s was not resumed, which is tried once more: %s", name, error)
+        try:
+            recovery.let_run(guest, store, reborn=True)
+        except RemusError as last:
+            if isinstance(last, XenError) and last.errno == errno.ESRCH:
+                raise error from error.__cause__  # the guest is gone, by whomever
+            raise XenError(
+                f"{name} stands still, half-way into its resume, and cannot be resumed ({error}; then {last}): "
+                f"start it anew (xl destroy {name}, then xl create)",
+                domid=guest.domid,
+            ) from error
+        raise
 
 
 class Waiter(CheckpointedDevice):

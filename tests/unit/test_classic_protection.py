@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import remus_colo.classic.finder
 from remus_colo.adapters import xenctrl
 from remus_colo.checkpoint.guestinfo import Mode
 from remus_colo.checkpoint.periodic import Ended
-from remus_colo.classic import protection
+from remus_colo.classic import colo, protection
 from remus_colo.classic.protection import CallingSession, Calls, Link
 from remus_colo.errors import DomainError, ExitStatus, NetworkError, PeerError, PeerLost, RemusError, XenError
 from remus_colo.relocation.channel import Channel
@@ -215,6 +216,52 @@ def test_the_reason_that_a_script_is_told(
         assert isinstance(reason, RemusError) and expected in str(reason)
     else:
         assert reason is expected
+
+
+@pytest.mark.parametrize(
+    ("fails", "again", "said"),
+    [
+        (None, None, None),
+        ("Xen refused", None, "^Xen refused$"),
+        ("Xen refused", "still", "web stands still.*Xen refused; then still"),
+    ],
+)
+def test_a_guest_that_stopped_half_way_into_its_resume(
+    monkeypatch: pytest.MonkeyPatch, fails: str | None, again: str | None, said: str | None
+) -> None:
+    """A script has no guard, which puts that right for remus."""
+    resumed: list[bool] = []
+
+    def let_run(guest: Any, store: Any, *, reborn: bool) -> None:
+        assert (guest.domid, store) == (DOMID, "store")
+        resumed.append(reborn)
+        if again:
+            raise XenError(again)
+
+    class Session:
+        failure = None
+
+        def __init__(self, *_: object, rebirth: Callable[[], Any]) -> None:
+            self._rebirth = rebirth
+
+        def run(self) -> ExitStatus:
+            with self._rebirth():
+                if fails:
+                    raise XenError(fails)
+            return ExitStatus.OK
+
+    guest = mock.Mock(domid=DOMID)
+    monkeypatch.setattr(colo.toolstack, "domain_name", lambda _: "web")
+    monkeypatch.setattr(colo, "only_one", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(colo, "Store", lambda: contextlib.nullcontext("store"))
+    monkeypatch.setattr(colo.primary, "open_engine", lambda *_: SimpleNamespace(guest=guest))
+    monkeypatch.setattr(colo.primary, "agree", lambda *_: None)
+    monkeypatch.setattr(colo, "ColoSession", Session)
+    monkeypatch.setattr(colo.recovery, "let_run", let_run)
+    link: Any = SimpleNamespace(host="backup", control=None, generation=1)
+    with contextlib.nullcontext() if said is None else pytest.raises(XenError, match=said):
+        colo.run(DOMID, link, colo.Calls(), period_s=0)
+    assert resumed == ([True] if fails else [])
 
 
 def test_a_guest_that_is_closed_is_an_error_and_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
