@@ -7,11 +7,13 @@ tools and people's scripts for it read them.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 Sxpr = Any  # a string, or a list of these
 
 KIB_PER_MIB = 1024
+LIBXL = "libxl"  # an element of ours
 
 
 def from_libxl(domid: int, config: dict[str, Any]) -> list[Sxpr]:
@@ -60,6 +62,29 @@ def _vbd(disk: dict[str, Any]) -> list[Sxpr]:
         ["dev", f"{disk.get('vdev', '')}:{kind}"],
         ["mode", "w" if disk.get("readwrite") else "r"],
     ]
+
+
+def with_libxl(sxpr: list[Sxpr], config: dict[str, Any]) -> list[Sxpr]:
+    """A description from which the domain can be made anew, too: libxl's configuration is one more element."""
+    return [*sxpr, [LIBXL, json.dumps(config)]]
+
+
+def libxl_of(parsed: dict[str, Any]) -> dict[str, Any] | None:
+    """libxl's configuration in a description; None if it has none.
+
+    :raise ValueError: it is none, or another domain's.
+    """
+    text = parsed.get(LIBXL)
+    if text is None:
+        return None
+    try:
+        config = json.loads(str(text))
+    except RecursionError as error:
+        raise ValueError("lists within lists without end") from error
+    create = config.get("c_info") if isinstance(config, dict) else None
+    if not isinstance(create, dict) or create.get("name") != parsed.get("name"):
+        raise ValueError("a configuration of libxl's that is another domain's")
+    return dict(config)
 
 
 def parse(dominfo: list[Sxpr]) -> dict[str, Any]:

@@ -4,17 +4,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from remus_colo import dominfo, sxp
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store, domain_named
-from remus_colo.checkpoint import birth
+from remus_colo.checkpoint import birth, libxlformat
 from remus_colo.checkpoint.xendheader import COLO_SIGNATURE, DESCRIPTION_LIMIT_BYTES, LENGTH, SIGNATURE
 from remus_colo.errors import ConfigError, DomainError, FramingError
 from remus_colo.options import check_word
 
 PIECE_BYTES = 1 << 20
+# What libxenguest's stream begins with: its image header's marker (docs/specs/libxc-migration-stream.pandoc).
+BARE_MARKER = b"\xff" * 8
 
 _INVALID = "not a valid guest state file"
 
@@ -28,11 +32,16 @@ class NameTaken(DomainError):
     """A domain of that name is here already."""
 
 
-def read_name(read: Read) -> str:
-    """The domain's name, from the header.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a header says of a domain. :ivar config: libxl's configuration, if it is there."""
 
-    :raise FramingError: it is no header.
-    """
+    name: str
+    config: dict[str, Any] | None = None
+
+
+def read_header(read: Read) -> Header:
+    """:raise FramingError: it is no header."""
     signature = _exactly(read, len(SIGNATURE), "signature read")
     if signature == COLO_SIGNATURE:
         raise FramingError(
@@ -48,11 +57,12 @@ def read_name(read: Read) -> str:
         description = sxp.from_string(text)
         if not isinstance(description, list):
             raise TypeError(f"it is {description!r}")
-        name = str(dominfo.parse(description)["name"])
-        check_word("the domain", name)
-    except (ConfigError, IndexError, KeyError, TypeError) as error:
+        parsed = dominfo.parse(description)
+        header = Header(str(parsed["name"]), dominfo.libxl_of(parsed))
+        check_word("the domain", header.name)
+    except (ConfigError, IndexError, KeyError, TypeError, ValueError) as error:
         raise FramingError(f"{_INVALID}: config parse") from error
-    return name
+    return header
 
 
 def check_free(name: str) -> None:
@@ -68,18 +78,25 @@ def check_free(name: str) -> None:
                 raise NameTaken(f"Domain '{taken}' already exists with ID '{domid}'")
 
 
-def restore(read: Poll, name: str, *, paused: bool = False) -> int:
+def restore(read: Poll, header: Header, *, paused: bool = False) -> int:
     """Make the domain of what follows the header, up to the end. Returns its domid.
 
     The stream says itself where it ends, and then xl does: a sender that keeps the connection open, but has no
-    guest any more, must not cost it.
+    guest any more, must not cost it.  What checkpoints left in files is libxenguest's stream alone (``image.Writer``),
+    which ends with the file, and gets libxl's around it here.
 
     :param paused: it is not to run yet.
     :raise XenError: it could not be made; what ``read`` raised is raised as it is.  Nothing is left of it then.
     """
+    name = header.name
     with Store() as store:
         restorer = birth.Restorer(name)
         try:
+            head = _head(read)
+            bare = head == BARE_MARKER
+            if bare:
+                restorer.feed(_prologue(header))
+            restorer.feed(head)
             while not restorer.complete:
                 piece = read(PIECE_BYTES)
                 if piece is None:
@@ -87,6 +104,8 @@ def restore(read: Poll, name: str, *, paused: bool = False) -> int:
                 if not piece:
                     break
                 restorer.feed(piece)
+            if bare:
+                restorer.feed(libxlformat.epilogue())
             domid = restorer.finish(store)
             if not paused:
                 with Guest(domid, writable=False) as guest:
@@ -98,6 +117,28 @@ def restore(read: Poll, name: str, *, paused: bool = False) -> int:
                 toolstack.destroy(made)
             raise
         return domid
+
+
+def _head(read: Poll) -> bytes:
+    """So much as tells what stream it is; less at the end."""
+    found = b""
+    while len(found) < len(BARE_MARKER):
+        piece = read(len(BARE_MARKER) - len(found))
+        if piece is None:
+            continue
+        if not piece:
+            break
+        found += piece
+    return found
+
+
+def _prologue(header: Header) -> bytes:
+    if header.config is None:
+        raise FramingError(
+            f"{_INVALID}: libxenguest's stream without libxl's configuration of {header.name} in the header: "
+            "it was saved by an older version"
+        )
+    return libxlformat.prologue(header.config)
 
 
 def _exactly(read: Read, size: int, what: str) -> bytes:

@@ -48,13 +48,14 @@ class Migrations:
 
         :raise RemusError: no domain came of it, and nothing is left of what did come.
         """
-        name = incoming.read_name(lambda size: channel.read(size, opening.deadline_s))
+        header = incoming.read_header(lambda size: channel.read(size, opening.deadline_s))
+        name = header.name
         with self._claim(name, channel):
             incoming.check_free(name)
             opening.established(channel)
             self._event("receiving", domain=name, host=opening.host)
             log.info("%s sends %s here", opening.host, name)
-            domid = incoming.restore(_until_silent(channel), name)
+            domid = incoming.restore(_until_silent(channel), header)
             self._event("received", domain=name, host=opening.host, domid=domid)
             log.info("%s has come from %s: it is domain %d", name, opening.host, domid)
         channel.close()

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import gc
 import io
+import json
 import os
 import socket
 import struct
@@ -229,9 +230,12 @@ def test_a_saver_writes_its_header_to_a_file_of_text(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint, "checkpointer", Checkpointer)
     with open(tmp_path / "image", "w") as out:
         save.Saver("web", out).start()
-    assert (tmp_path / "image").read_bytes() == image.makeheader(
-        dominfo.from_libxl(7, CONFIG)
-    ) + b"checkpoints"
+    with open(tmp_path / "image", "rb") as made:
+        header = image.VMImage(made)
+        assert made.read() == b"checkpoints"
+    assert header.dom is not None
+    assert json.loads(header.dom.pop("libxl")) == CONFIG  # what the domain can be made of anew
+    assert header.dom == vm.parsedominfo(vm.strtosxpr(vm.sxprtostr(dominfo.from_libxl(7, CONFIG))))
 
 
 @pytest.mark.parametrize("compact", [False, True])

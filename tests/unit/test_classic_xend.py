@@ -11,12 +11,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import remus_colo.classic.finder  # noqa: F401
-from remus_colo import config, config_keys
+from remus_colo import config, config_keys, dominfo
 from remus_colo import sxp as ours
+from remus_colo.checkpoint import libxlformat
 from remus_colo.errors import ConfigError, HostError, RemusError
 
 from xen.xend import XendOptions, sxp  # isort: skip
@@ -316,35 +318,89 @@ def test_the_connection_is_closed_before_a_domain_that_has_moved_is_destroyed(
         assert done == expected
 
 
-def test_what_is_restored_ends_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+class Restorer:
+    """``xl restore``, which ends when it has seen "end". :cvar fed: the last one's."""
+
+    fed = b""
+    made = False
+
+    def __init__(self, name: str) -> None:
+        assert name == "web"
+        Restorer.fed = b""
+
+    @property
+    def complete(self) -> bool:
+        return self.fed.endswith(b"end")
+
+    def feed(self, piece: bytes) -> None:
+        Restorer.fed += piece
+
+    def finish(self, store: object) -> int:
+        return 9
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.fixture
+def restoring(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """XendCheckpoint, with that for xl."""
     pytest.importorskip("pyxs", reason="pyxs is not installed (Debian: python3-pyxs)")
     from xen.xend import XendCheckpoint
 
-    class Restorer:
-        complete = made = False
-
-        def __init__(self, name: str) -> None:
-            assert name == "web"
-
-        def feed(self, piece: bytes) -> None:
-            self.complete = piece == b"guest"
-
-        def finish(self, store: object) -> int:
-            return 9
-
-    domain = b"(domain (domid 3) (name web))"
-    read_fd, write_fd = os.pipe()
-    os.write(write_fd, HEADER + len(domain).to_bytes(4, "big") + domain + b"guest")
     monkeypatch.setattr(XendCheckpoint.incoming.birth, "Restorer", Restorer)
     monkeypatch.setattr(XendCheckpoint.incoming, "Store", contextlib.nullcontext)
     monkeypatch.setattr(XendCheckpoint.incoming, "check_free", lambda name: None)
     monkeypatch.setattr(XendCheckpoint.vm, "VM", lambda domid: ("VM", domid))
+    return XendCheckpoint
+
+
+def test_what_is_restored_ends_where_it_says_so(restoring: Any) -> None:
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, restoring.image.makeheader(["domain", ["name", "web"]]) + b"guest and its end")
     stuck = threading.Timer(30, os.close, [write_fd])
     stuck.start()
     try:
-        assert XendCheckpoint.restore(None, read_fd, paused=True) == ("VM", 9)
+        assert restoring.restore(None, read_fd, paused=True) == ("VM", 9)
         assert stuck.is_alive()
     finally:
         stuck.cancel()
         os.close(read_fd)
     os.close(write_fd)
+    assert Restorer.fed == b"guest and its end"
+
+
+CONFIG = {"c_info": {"name": "web", "type": "pvh"}, "b_info": {"cmdline": 'a "b" \\ (c) \u00e9 #'}}
+
+
+@pytest.mark.parametrize(
+    ("libxl", "said"),
+    [
+        (CONFIG, None),
+        (None, "without libxl's configuration of web in the header"),
+        ({"c_info": {"name": "other"}}, "config parse"),
+        ("no dictionary", "config parse"),
+    ],
+)
+def test_an_image_of_checkpoints_is_restored(
+    restoring: Any, tmp_path: Path, libxl: Any, said: str | None
+) -> None:
+    """It is libxenguest's stream, and xl takes that with libxl's around it only."""
+    description = ["domain", ["name", "web"]]
+    if libxl is not None:
+        description = dominfo.with_libxl(description, libxl)
+    header = restoring.image.makeheader(description)
+    stream = restoring.image.STREAM_MARKER + bytes(32) + b"\0" * 8
+    (tmp_path / "checkpoints").write_bytes(header + stream)
+    with open(tmp_path / "image", "wb") as image:
+        writer = restoring.image.Writer(image)
+        writer.slurp(str(tmp_path / "checkpoints"))
+        writer.close()
+    with open(tmp_path / "image", "rb") as image:
+        if said is None:
+            assert restoring.restore(None, image.fileno(), paused=True) == ("VM", 9)
+            assert Restorer.fed == libxlformat.prologue(CONFIG) + stream + libxlformat.epilogue()
+        else:
+            with pytest.raises(XendError, match=said):
+                restoring.restore(None, image.fileno())
+            assert Restorer.fed == b""

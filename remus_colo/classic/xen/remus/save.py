@@ -12,6 +12,7 @@ from typing import IO, Any
 from xen.lowlevel import checkpoint
 from xen.remus import device, image, vm
 
+from remus_colo import dominfo
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store
 from remus_colo.checkpoint.suspend import Suspender
@@ -259,7 +260,7 @@ class Saver:
         """
         vm.getshadowmem(self.vm)
         out = image.of_octets(self.fd)
-        out.write(image.makeheader(self.vm.dominfo or []))
+        out.write(image.makeheader(dominfo.with_libxl(self.vm.dominfo or [], self.vm.config or {})))
         out.flush()
         self.checkpointer = checkpoint.checkpointer()
         try:

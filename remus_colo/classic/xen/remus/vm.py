@@ -36,10 +36,12 @@ class VM:
 
     :param domid: number, name or UUID of a domain that runs here.
     :param dominfo: its description as an S-expression, instead.
+    :ivar config: libxl's configuration of one that runs here.
     """
 
     def __init__(self, domid: int | str | None = None, dominfo: list[Any] | None = None) -> None:
         self.dominfo = dominfo
+        self.config: dict[str, Any] | None = None
         self.domid = -1
         self.name = "unknown"
         self.dom: dict[str, Any] = {}
@@ -48,7 +50,8 @@ class VM:
         if domid:
             try:
                 number = toolstack.find_domain(str(domid))
-                self.dominfo = description.from_libxl(number, toolstack.domain_config(number))
+                self.config = toolstack.domain_config(number)
+                self.dominfo = description.from_libxl(number, self.config)
             except RemusError as error:
                 raise VMException(f"error looking up domain {domid}: {error}") from error
         if self.dominfo:

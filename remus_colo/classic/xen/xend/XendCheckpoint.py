@@ -136,7 +136,7 @@ def _suspend(suspender: Suspender) -> None:
 def restore(
     xd: Any, fd: int, dominfo: Any = None, paused: bool = False, relocating: bool = False, colo: Any = None
 ) -> vm.VM:
-    """Make a domain of what :func:`save` wrote. Returns it.
+    """Make a domain of what :func:`save` wrote, or ``xen.remus.image.Writer``. Returns it.
 
     :param xd: xend's; not used.
     :param fd: a descriptor to read from.
@@ -149,9 +149,9 @@ def restore(
     if colo:
         return _restore_colo(colo)
     try:
-        name = incoming.read_name(lambda size: os.read(fd, size))
-        incoming.check_free(name)
-        domid = incoming.restore(lambda size: _poll(fd, size), name, paused=paused)
+        header = incoming.read_header(lambda size: os.read(fd, size))
+        incoming.check_free(header.name)
+        domid = incoming.restore(lambda size: _poll(fd, size), header, paused=paused)
     except incoming.NameTaken as error:
         raise VmError(str(error)) from error
     except RemusError as error:
