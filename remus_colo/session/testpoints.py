@@ -56,7 +56,11 @@ class TestPoints:
             try:
                 loop.add_reader(fd, lambda: self._read(loop, fd))
             except PermissionError:  # of epoll: it is no terminal, pipe or socket, but a file
-                self._take(os.read(fd, FILE_BYTES) + b"\n")
+                for line in os.read(fd, FILE_BYTES).splitlines():
+                    if (
+                        not self._command
+                    ):  # the first one is reached before the old command would read another
+                        self._take(line + b"\n")
         except (OSError, ValueError):
             return  # closed
 

@@ -149,7 +149,7 @@ def test_a_test_command_waits_until_the_backup_has_a_checkpoint(
         assert died == deaths
 
 
-@pytest.mark.parametrize(("text", "command"), [("s\nr2\n", "r2"), ("c", "c"), ("", "")])
+@pytest.mark.parametrize(("text", "command"), [("s2\nr2\n", "s2"), ("no\nc", "c"), ("", "")])
 def test_commands_in_a_file(tmp_path: Path, text: str, command: str) -> None:
     """epoll takes none."""
     (tmp_path / "commands").write_text(text)
