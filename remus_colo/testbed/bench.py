@@ -5,7 +5,7 @@ In one run: the same load on the unprotected guest, under ``remus --colo`` and u
 the guest stands still for a checkpoint, beside ``xl remus``.
 
 ``python3 -m remus_colo.testbed.bench``.  Emulated hosts are slow and noisy: the ratios say something, the times do
-not.  Prints a table, and as the last line one JSON object.
+not.  Prints a table, and as the last line one JSON object.  Exit status 0 only if no load saw an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from remus_colo.testbed import scenario_figures, scenario_standstill
 from remus_colo.testbed.arguments import count, not_negative, positive, some
 from remus_colo.testbed.bed import Bed
 from remus_colo.testbed.ending import exit_on_signals, exit_status
-from remus_colo.testbed.errors import BedError
 from remus_colo.testbed.own_bed import own_bed
 from remus_colo.testbed.scenario import Protection
 from remus_colo.testbed.scenario_load import Result
@@ -30,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _FIGURES = ("rate", "p50_ms", "p99_ms")
 INTERVALS_MS = (200, 25)
+# The last answers wait for a checkpoint, and a segment that was lost before for TCP to repeat it.
+DRAIN_S = 60.0
 UNPROTECTED, COLO = "unprotected", "colo"
 
 
@@ -40,10 +41,7 @@ def remus_kind(interval_ms: int) -> str:
 def measure(
     bed: Bed, rounds: int, seconds: float, load: dict[str, Any], remus: dict[str, Any]
 ) -> dict[str, Any]:
-    """Both kinds in turn, ``rounds`` times.
-
-    :raise BedError: a load had something to complain of.
-    """
+    """All kinds in turn, ``rounds`` times."""
     kinds = (UNPROTECTED, COLO, *(remus_kind(interval_ms) for interval_ms in INTERVALS_MS))
     results: dict[str, list[Result]] = {kind: [] for kind in kinds}
     events: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
@@ -68,16 +66,13 @@ def measure(
                 protection.stop()
                 events[kind] += run.events
         standstill = scenario_standstill.compare(protection, INTERVALS_MS, seconds)
-    for kind, found in results.items():
-        for result in found:
-            if result["errors"]:
-                raise BedError(
-                    f"the load on the {kind} guest saw {result['errors']} errors: nothing to be compared"
-                )
     known = [share for share in shares if share is not None]
     return {
         "rounds": rounds,
         "seconds": seconds,
+        "errors": {
+            kind: errors for kind, found in results.items() if (errors := sum(r["errors"] for r in found))
+        },
         **{kind: figures(found) for kind, found in results.items()},
         "checkpoints": scenario_figures.checkpoints(events[COLO]),
         "pause_ms": pauses(events[COLO]),
@@ -148,6 +143,8 @@ def report(found: dict[str, Any]) -> str:
                 f"p99 {stopped['p99']} ms ({stopped['count']} of them; looked at every {stopped['resolution_ms']} ms)"
             )
     lines.append(f"left without waiting for a checkpoint, COLO: {found['released_without_checkpoint']}")
+    for kind, errors in found["errors"].items():
+        lines.append(f"the load on the {kind} guest saw {errors} errors: its figures are not to be compared")
     return "\n".join(lines)
 
 
@@ -183,10 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
     def body() -> int:
         remus = {"checkpoint": options.checkpoint, "period": options.period}
         with own_bed(options.bed) as bed:
-            found = measure(bed, options.rounds, options.seconds, {"rate": options.rate}, remus)
+            load = {"rate": options.rate, "drain": DRAIN_S}
+            found = measure(bed, options.rounds, options.seconds, load, remus)
         print(report(found))
         print(json.dumps(found), flush=True)
-        return 0
+        return 1 if found["errors"] else 0
 
     return exit_status("bench", body)
 

@@ -201,6 +201,7 @@ def test_the_benchs_report() -> None:
     slow, nothing = bench.figures([load_result(rate=7.5)]), {"count": 0, "p50": None, "p99": None}
     found = {
         "rounds": 1,
+        "errors": {"remus 200 ms": 3},
         "unprotected": figures,
         "colo": slow,
         "remus 200 ms": bench.figures([load_result(rate=3.0)]),
@@ -221,6 +222,7 @@ def test_the_benchs_report() -> None:
         "released_without_checkpoint": 0.99,
     }
     shown = bench.report(found)
+    assert "the load on the remus 200 ms guest saw 3 errors: its figures are not to be compared" in shown
     assert "rate, of the unprotected guest's: colo 0.50, remus 200 ms 0.20" in shown
     assert (
         "standstill that a client sees, xl remus -i 200: p50 80.0 ms, p99 90.0 ms (3 of them, 8% of the time)"
