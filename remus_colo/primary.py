@@ -174,13 +174,21 @@ def guarded(domid: int, name: str, record: Record, options: ProtectionOptions) -
 
     def recover(remains: Remains) -> None:
         """In the guard."""
+        found_s = time.monotonic()
+
+        def sure() -> bool:
+            """Now; the log and xenstore may have taken a while.
+
+            A guest is reborn before the first checkpoint, without which the backup does not take over.
+            """
+            silence_s = remains.silence_s + time.monotonic() - found_s
+            return remains.reborn or not remains.silence_s or silence_s <= timeout_s * SURE_TIMEOUTS
+
         events = _event_log(options.log)
-        # A guest is reborn before the first checkpoint, without which the backup does not take over.
-        doubt = remains.silence_s > timeout_s * SURE_TIMEOUTS and not remains.reborn
-        stood = recovery.recover(domid, remains.tags, resume=not doubt, reborn=remains.reborn)
+        stood, resumed = recovery.recover(domid, remains.tags, may_resume=sure, reborn=remains.reborn)
         still = stood in ("paused", "suspended")
-        events.event("recovered", pid=remains.pid, guest=stood, resumed=still and not doubt)
-        if still and doubt:
+        events.event("recovered", pid=remains.pid, guest=stood, resumed=still and resumed)
+        if still and not resumed:
             log.error(
                 "remus (process %d) was killed after the backup had lost it: %s stays %s, as it may run there. If it does not: "
                 "python3 -m remus_colo.recover %s", remains.pid, name, stood, name,

@@ -25,7 +25,7 @@ def _body(argv: Sequence[str]) -> int:
     check_root("this")
     domid = toolstack.find_domain(domain)
     with only_one(domid, domain) as record:
-        stood = recovery.recover(domid, record.tags)
+        stood, _ = recovery.recover(domid, record.tags)
     print(
         {"": f"{domain} runs", recovery.GONE: f"{domain} has ended"}.get(
             stood, f"{domain} was {stood}, and runs on"

@@ -119,16 +119,19 @@ def clean_network(
             log.warning("while cleaning up %s: %s", what, error)
 
 
-def recover(domid: int, tags: Iterable[str], *, resume: bool = True, reborn: bool = False) -> str:
-    """All of it.  Returns how the guest stood still before, "paused" or "suspended", or "" if it did not, or GONE.
+def recover(
+    domid: int, tags: Iterable[str], *, may_resume: Callable[[], bool] = lambda: True, reborn: bool = False
+) -> tuple[str, bool]:
+    """All of it.  Returns how the guest stood still before, "paused" or "suspended", or "" if it did not, or GONE; and
+    whether it was let run.
 
-    :param resume: let it run; else only its network is cleaned.
+    :param may_resume: asked at the last moment whether it may; if not, only its network is cleaned.
     :raise RemusError: the guest stands still yet.
     """
-    stood = ""
+    stood, resume = "", True
     with Store() as store:
         try:
-            if resume:
+            if resume := may_resume():
                 withdraw_suspend(domid, store)
             stood = _look_at_guest(domid, store, resume=resume, reborn=reborn)
         finally:
@@ -139,7 +142,7 @@ def recover(domid: int, tags: Iterable[str], *, resume: bool = True, reborn: boo
             with store.watch(["@releaseDomain"]) as watch:
                 watch.wait(lambda: bool(_look_at_guest(domid, store, resume=False)), timeout_s=LATE_SUSPEND_S)
             stood = _look_at_guest(domid, store, resume=True)
-    return stood
+    return stood, resume
 
 
 def _look_at_guest(domid: int, store: Store, *, resume: bool, reborn: bool = False) -> str:

@@ -25,9 +25,10 @@ PROGRAM = """
 
     folder = pathlib.Path(sys.argv[1])
     lock.RUN_DIR = folder
-    def recover(domid, tags, **how):
-        (folder / "recover").write_text(repr((domid, tags, how)))
-        return STOOD
+    def recover(domid, tags, *, may_resume, reborn):
+        resume = may_resume()
+        (folder / "recover").write_text(repr((domid, tags, {"resume": resume, "reborn": reborn})))
+        return STOOD, resume
     recovery.recover = recover
     recovery.suspended = lambda domid: SUSPENDED
     options = mock.Mock(heartbeat_timeout_s=TIMEOUT_S, log=folder / "log")

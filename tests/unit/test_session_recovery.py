@@ -153,7 +153,7 @@ class World:
 
 def test_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, Guest(pauses=1))
-    assert recovery.recover(7, ("abcdef",)) == "paused"
+    assert recovery.recover(7, ("abcdef",)) == ("paused", True)
     assert world.guest.running
     assert world.cleaned == 1
     world.store.replace.assert_called_once_with("/local/domain/7/control/shutdown", "suspend", "")
@@ -161,7 +161,7 @@ def test_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_guest_that_may_run_elsewhere_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, Guest(**SUSPENDED))
-    assert recovery.recover(7, (), resume=False) == "suspended"
+    assert recovery.recover(7, (), may_resume=lambda: False) == ("suspended", False)
     assert not world.guest.running
     assert world.cleaned == 1
     world.store.replace.assert_not_called()
@@ -179,7 +179,7 @@ def test_a_guest_that_was_just_about_to_suspend(monkeypatch: pytest.MonkeyPatch)
         return True
 
     world.watch.wait = wait
-    assert recovery.recover(7, ()) == "suspended"
+    assert recovery.recover(7, ()) == ("suspended", True)
     assert guest.running
 
 
@@ -187,7 +187,7 @@ def test_a_guest_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest()
     monkeypatch.setattr(guest, "info", mock.Mock(side_effect=XenError("no such domain", errno=3)))
     world = World(monkeypatch, guest)
-    assert recovery.recover(7, ("abcdef",)) == recovery.GONE
+    assert recovery.recover(7, ("abcdef",)) == (recovery.GONE, True)
     world.store.watch.assert_not_called()
     assert world.cleaned == 1
 
