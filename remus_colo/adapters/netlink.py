@@ -33,6 +33,9 @@ _IFF_UP = 0x1  # <linux/if.h>
 _IFF_NOARP = 0x80  # <linux/if.h>
 _RTMGRP_LINK = 1  # <linux/rtnetlink.h>
 _BR_STATE_FORWARDING = 3  # <linux/if_bridge.h>
+_NUD_FOUND = (
+    0x02 | 0x04 | 0x08 | 0x10 | 0x80
+)  # <linux/neighbour.h>: reachable, stale, delay, probe, permanent
 _CARRIER_ALIAS = "remus_colo carrier of "
 _T = TypeVar("_T")
 
@@ -250,6 +253,17 @@ class Links:
         # a point-to-point link has the other end's under the second name
         texts = (entry.get_attr("IFA_LOCAL") or entry.get_attr("IFA_ADDRESS") for entry in found)
         return {ipaddress.ip_address(text) for text in texts if text}
+
+    def neighbours(self, ifname: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+        """Who this host has found on a link, and has not missed since: its router, for one.
+
+        :raise NetworkError: there is no such link.
+        """
+        with reporting(f"list the neighbours on {ifname}"):
+            found = self._ipr.get_neighbours(ifindex=self.ifindex(ifname))
+        return [
+            ipaddress.ip_address(entry.get_attr("NDA_DST")) for entry in found if entry["state"] & _NUD_FOUND
+        ]
 
     def stats(self, ifname: str) -> LinkStats:
         counters = self._get(ifname).get_attr("IFLA_STATS64")

@@ -98,6 +98,7 @@ class PeriodicCheckpoints:
     :param dirty_log: whether Xen tells what this guest has written; see ``fullcopy.py``.
     :param timer_s: suspend the guest at this interval by a clock, whatever the copy before has come to
         (``remus --timer``); 0: when ``committed`` returns.
+    :param on_standstill: called with True before the guest is stopped, with False when it has been resumed; in any thread.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class PeriodicCheckpoints:
         device_model: DeviceModel | None = None,
         dirty_log: bool = True,
         on_round: Callable[[RoundTimes], None] | None = None,
+        on_standstill: Callable[[bool], None] = lambda begins: None,
     ) -> None:
         self._suspender = suspender
         self._destination = destination
@@ -117,6 +119,7 @@ class PeriodicCheckpoints:
         self._device_model = device_model
         self._dirty_log = dirty_log
         self._on_round = on_round
+        self._on_standstill = on_standstill
         self._alarm = Alarm(timer_s, self._stop_guest) if timer_s else None
         self._staging: Staging | None = None
         self._times = RoundTimes()
@@ -199,6 +202,7 @@ class PeriodicCheckpoints:
         return self._device_state
 
     def _stop_guest(self) -> None:
+        self._on_standstill(True)
         if self._device_model is not None:
             self._device_model.prepare()
         self._stopped_s = self._suspender.suspend()
@@ -212,6 +216,7 @@ class PeriodicCheckpoints:
                 self._device_model.go_on()
         finally:
             self._suspender.resume()  # much of a guest works without its device model
+            self._on_standstill(False)
 
 
 class Ended(Exception):

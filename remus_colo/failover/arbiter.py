@@ -47,8 +47,8 @@ class LanProbe:
     """Decides by who answers on the LAN.
 
     One answer from the peer's guest (or from the peer itself) proves it alive at once.  Silence proves it
-    dead only if it lasts for a whole window in which we ran without a gap and the LAN was seen to work:
-    a host that was frozen, or that has lost its own LAN, knows nothing.
+    dead only if it lasts for a whole window in which we ran without a gap and that began with a LAN that was seen to
+    work: a host that was frozen, or that has lost its own LAN, knows nothing.
 
     :param window_s: must exceed the longest pause of a PVM that is still alive: the longest checkpoint
         pause, and the limit of the primary's ``SelfMonitor``.
@@ -77,7 +77,9 @@ class LanProbe:
             self._begun_s = now_s
             self._lan_works = False
         self._last_s = now_s
-        self._lan_works = self._lan_works or lan_works
+        if lan_works and not self._lan_works:
+            self._lan_works = True
+            self._begun_s = now_s  # up to now silence told nothing
         if now_s - self._begun_s < self.window_s:
             return None
         return Verdict.DEAD if self._lan_works else Verdict.UNKNOWN

@@ -68,30 +68,46 @@ class Pacer:
 
 
 class SelfMonitor:
-    """Whether the backup may rightly hold *us* for dead, because we did not run.
+    """Whether the backup may rightly hold *us* for dead, because we did not run, or our guest answered nobody.
 
-    The primary asks this when it has lost the backup: if its own heartbeats went out on time, no truthful
-    arbiter can have given the guest to the backup, and the PVM may go on alone.  If not (the host was
-    frozen, the process starved), the backup may be active by now, and releasing output would show clients
-    a second history.
+    The primary asks this when it has lost the backup: if its own heartbeats went out on time, and who asked its guest
+    was answered, no truthful arbiter can have given the guest to the backup, and the PVM may go on alone.  If not (the
+    host was frozen, the process starved, the guest stood still), the backup may be active by now, and releasing output
+    would show clients a second history.
 
     A doubt ends when the backup says that it has seen a heartbeat sent after the gap, and that it has not
     begun to arbitrate.
 
     :param limit_s: the longest gap between two of our heartbeats that the backup surely bears with:
         its time-out less what a heartbeat can be late.
+    :ivar guest_limit_s: the longest silence of the guest's that it surely bears with: less than it looks for the guest.
     """
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = _positive("the longest gap between heartbeats", limit_s)
+        self.guest_limit_s = limit_s
         self._last_s: float | None = None
+        self._last_sequence = 0
         self._unseen_from: int | None = None
+        self._guest_silent_s: float | None = None  # since when
 
     def sent(self, sequence: int, now_s: float) -> None:
         """Heartbeat ``sequence`` has gone out."""
         if self._late(now_s) and self._unseen_from is None:
             self._unseen_from = sequence
         self._last_s = now_s
+        self._last_sequence = sequence
+
+    def guest_silent(self, now_s: float) -> None:
+        """The guest stands still, or hears nobody: it answers no one who looks for it. Idempotent."""
+        if self._guest_silent_s is None:
+            self._guest_silent_s = now_s
+
+    def guest_answers(self, now_s: float) -> None:
+        """It does again. Idempotent."""
+        if self._guest_missed(now_s) and self._unseen_from is None:
+            self._unseen_from = self._last_sequence + 1
+        self._guest_silent_s = None
 
     def seen(self, sequence: int) -> None:
         """The backup has seen our heartbeat ``sequence``.
@@ -103,7 +119,10 @@ class SelfMonitor:
             self._unseen_from = None
 
     def in_doubt(self, now_s: float) -> bool:
-        return self._unseen_from is not None or self._late(now_s)
+        return self._unseen_from is not None or self._late(now_s) or self._guest_missed(now_s)
+
+    def _guest_missed(self, now_s: float) -> bool:
+        return self._guest_silent_s is not None and now_s - self._guest_silent_s > self.guest_limit_s
 
     def _late(self, now_s: float) -> bool:
         return self._last_s is not None and now_s - self._last_s > self.limit_s

@@ -116,6 +116,11 @@ class VifPath:
         """The SVM runs from the new state."""
         self._mirror.release()
 
+    def give_input(self) -> None:
+        """What :meth:`hold_input` held: both VMs are given it, as before."""
+        self.release_input()
+        self.release_mirror()
+
     def cut(self) -> int:
         """The PVM is stopped: what it sent is all in the queue, and belongs to the closing epoch."""
         return self.output.cut()
@@ -129,8 +134,7 @@ class VifPath:
 
     def abort(self) -> None:
         """The checkpoint did not take place, whether it came to a cut or not."""
-        self.release_input()
-        self.release_mirror()
+        self.give_input()
         self.output.abort()
 
     # -- the end ---------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ class Arbitration:
             self._decided(verdict)
 
         early, self._early = self._early, None
-        if early is None:
+        if early is None or early.verdict is Verdict.ALIVE:  # it may have died since
             self._loop.thread("arbiter", self._judge, decided)
         elif early.verdict is None:
             early.waiting = decided

@@ -26,9 +26,10 @@ from remus_colo.relocation.wire import Message
 from remus_colo.session.arbitration import Arbitration
 from remus_colo.session.creation import AnyCreation
 from remus_colo.session.fence import run_hook
+from remus_colo.session.lan import ANNOUNCE_INTERVAL_S
 from remus_colo.session.loop import Loop
 from remus_colo.session.parts import EventSink
-from remus_colo.session.peer import PROBE_WINDOW, Peer
+from remus_colo.session.peer import Peer, look_s
 from remus_colo.session.steps import each
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,11 @@ GUEST_CHECK_S = 1.0
 # The primary's clients wait for a checkpoint to be taken: what is part of it has shorter time-outs, but for
 # the kernel's work and xl's.
 APPLY_TIMEOUT_S = 120.0
-# Of the heartbeat time-out. A look at the LAN (PROBE_WINDOW) that begins then has ended when the primary
+# Of the heartbeat time-out. A look at the LAN (peer.PROBE_WINDOW) that begins then has ended when the primary
 # counts as lost.
 SUSPECT_AFTER = 0.45
 LATE_AFTER = 2  # heartbeats: one may be held up
 ANNOUNCE_REPEATS = 3  # a switch or a host may miss the first
-ANNOUNCE_INTERVAL_S = 0.5
 # Errors that nobody expected, which a guest that is served here is to survive; more are a flood.
 ERRORS_SURVIVED = 100
 
@@ -185,8 +185,12 @@ class BackupSession(abc.ABC):
     def _look_at_lan(self, window_s: float) -> Verdict:
         """In a thread: does the guest still answer on the LAN?  Then its host is alive, and only the link is lost.
 
-        :param window_s: so long a silence means that it does not, unless more is known.
+        :param window_s: so long a silence means that it does not.
         """
+
+    def _longest_pause_s(self) -> float:
+        """Of the guest at its checkpoints, by what the primary has told: it answers nobody then."""
+        return 0.0
 
     @abc.abstractmethod
     def _open_lan(self) -> None: ...
@@ -345,7 +349,8 @@ class BackupSession(abc.ABC):
     def _on_message(self, message: Message) -> None:
         kind = message.type
         if self._peer_lost:
-            self.handle(E.PRIMARY_HEARD)
+            # Whatever else it says is late; but a primary that goes on alone has released what the SVM does not know.
+            self.handle(E.PRIMARY_LEFT if kind is MessageType.BYE else E.PRIMARY_HEARD)
             return
         try:
             if kind is MessageType.PREPARE:
@@ -432,7 +437,7 @@ class BackupSession(abc.ABC):
         """In a thread: the fencing hook if there is one, else whether the guest still answers on the LAN."""
         if self.config.fence:
             return run_hook(self.config.fence, self.creation.name, self.peer.control.peer)
-        return self._look_at_lan(self.creation.heartbeat.timeout_s * PROBE_WINDOW)
+        return self._look_at_lan(look_s(self.creation.heartbeat.timeout_s, self._longest_pause_s()))
 
     def _announce(self, repeats: int) -> None:
         self._announce_once()

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 SETTLE_LOOK_S = 0.005
 SETTLE_LOOKS = 5
 SETTLE_TIMEOUT_S = 1.0  # work without end: suspend it as it is
+# Of the heartbeat time-out: so long the guest may be kept from its input while the backup is waited for, which may have
+# gone.  Less than SELF_LIMIT: a guest that answers nobody for longer may be held for dead there.
+HOLD_LIMIT = 0.3
 
 
 class Phases:
@@ -81,6 +84,8 @@ class Checkpoints:
         self._reason = Reason.START
         self._capturing = False
         self._held = False  # input
+        self._hold_limit: Timer | None = None
+        self._suspending = False  # in a thread
         self._phases = Phases()
         self._period: Timer | None = None
 
@@ -107,14 +112,30 @@ class Checkpoints:
             self._period.cancel()
         if self._engine.mode is Mode.COOPERATIVE:
             self._hold_input()
-            self._settle(self._session.stats.epoch, time.monotonic() + SETTLE_TIMEOUT_S, SETTLE_LOOKS)
+            hold_s = self._session.config.heartbeat.timeout_s * HOLD_LIMIT
+            self._hold_limit = self._session.loop.call_later(hold_s, self._hold_no_longer)
+            settle_s = min(SETTLE_TIMEOUT_S, hold_s / 2)
+            self._settle(self._session.stats.epoch, time.monotonic() + settle_s, SETTLE_LOOKS)
         else:
             self._prepare()
 
     def _hold_input(self) -> None:
         if not self._held:
             self._held = True
+            self._session.peer.guest_silent()
             self._path.each(lambda vif: vif.hold_input())
+
+    def _hold_no_longer(self) -> None:
+        """The backup has not answered yet, and may be gone: the guest is served meanwhile."""
+        if self._held and self._capture_wanted():
+            self._held = False
+            self._path.each(lambda vif: vif.give_input())
+            self._session.peer.guest_answers()
+
+    def _no_hold_limit(self) -> None:
+        if self._hold_limit is not None:
+            self._hold_limit.cancel()
+            self._hold_limit = None
 
     def _settle(self, epoch: int, deadline_s: float, looks: int) -> None:
         """Wait until the guest, without input, has nothing more to do.
@@ -149,6 +170,7 @@ class Checkpoints:
         if message.epoch != self._session.stats.epoch or not self._capture_wanted():
             return
         self._phases.end("dirty")
+        self._no_hold_limit()
         dirty = bytes(message.data)
         self._hold_input()
         self._engine.drain_input()
@@ -159,6 +181,7 @@ class Checkpoints:
         # The guest's own suspend takes its time, in which its output must not wait for us.
         epoch = self._session.stats.epoch
         started_s = time.monotonic()
+        self._suspending = True
         self._session.guest_thread(
             "suspend",
             self._engine.stop,
@@ -166,6 +189,7 @@ class Checkpoints:
         )
 
     def _on_stopped(self, epoch: int, dirty: bytes, started_s: float, error: BaseException | None) -> None:
+        self._suspending = False
         if error is not None:
             self._let_run()  # it may have suspended all the same
             self._capture_failed(error)
@@ -204,6 +228,7 @@ class Checkpoints:
         pause_s = time.monotonic() - started_s
         self._phases.end("copy")
         self._path.each(lambda vif: vif.release_input())
+        self._session.peer.guest_answers()
         self._session.stats.reasons[self._reason.value] += 1
         self._session.stats.pause_s = pause_s
         self._session.stats.pages = snapshot.count
@@ -249,6 +274,7 @@ class Checkpoints:
     def abandon(self) -> None:
         """There is no checkpoint: the guest and its network go on as they were."""
         self._capturing = False
+        self._no_hold_limit()
         if self._engine.mode is Mode.TRANSPARENT:
             self._let_run()
         if self._held:
@@ -258,10 +284,14 @@ class Checkpoints:
                     vif.abort()
                 except RemusError as error:
                     log.warning("while giving up a checkpoint: %s", error)
+        if not self._suspending:
+            self._session.peer.guest_answers()
 
     def _let_run(self) -> None:
         try:
             self._engine.go()
+            if not self._held:
+                self._session.peer.guest_answers()
         except XenError as error:
             log.error("%s", error)  # it has ended, which the next look at the guest notices
 

@@ -30,7 +30,7 @@ from remus_colo.session import inherited
 from remus_colo.session.colo_checkpoints import Checkpoints
 from remus_colo.session.loop import Loop
 from remus_colo.session.parts import EventSink
-from remus_colo.session.peer import HeartbeatConfig, Peer
+from remus_colo.session.peer import STREAM_TIMEOUT_S, HeartbeatConfig, Peer
 from remus_colo.session.primary import PrimarySession
 
 log = logging.getLogger(__name__)
@@ -153,10 +153,10 @@ class ColoSession(PrimarySession):
         engine, stopped_s = self.engine, 0.0
 
         def write(chunk: bytes) -> None:
+            deadline_s = time.monotonic() + STREAM_TIMEOUT_S
             for start in range(0, len(chunk), STREAM_FRAME_BYTES):
-                self.peer.data.send_bulk(
-                    MessageType.CREATE_STREAM, 0, [memoryview(chunk)[start : start + STREAM_FRAME_BYTES]]
-                )
+                piece = memoryview(chunk)[start : start + STREAM_FRAME_BYTES]
+                self.peer.data.send_bulk(MessageType.CREATE_STREAM, 0, [piece], deadline_s=deadline_s)
 
         def suspend() -> None:
             nonlocal stopped_s

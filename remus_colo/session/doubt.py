@@ -13,6 +13,7 @@ from remus_colo.failover.arbiter import ACTIVE
 from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.session.addresses import Known
 from remus_colo.session.fence import run_hook
+from remus_colo.session.lan import ANNOUNCE_INTERVAL_S
 from remus_colo.session.lan_watch import LanWatch
 from remus_colo.session.loop import Loop
 from remus_colo.session.parts import Terms
@@ -47,7 +48,7 @@ class Doubt:
         terms = self._terms
         if terms.fence:
             return ACTIVE[run_hook(terms.fence, terms.name, terms.destination)]
-        return self._lan.secondary_active(terms.heartbeat.timeout_s, known)
+        return self._lan.secondary_active(max(terms.heartbeat.timeout_s, 3 * ANNOUNCE_INTERVAL_S), known)
 
     def _on_verdict(self, active: bool | None, error: BaseException | None) -> None:
         if error is not None and not isinstance(error, RemusError):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import select
@@ -23,6 +24,8 @@ from remus_colo.proxy import announce
 log = logging.getLogger(__name__)
 
 PROBE_INTERVAL_S = 0.1
+# A guest that is taken over is announced so often until it is there.  Who looks for it, looks for longer.
+ANNOUNCE_INTERVAL_S = 0.5
 CLIENTS_ASKED = 16
 
 
@@ -63,6 +66,14 @@ def uplinks(bridge: str) -> list[str]:
     return [port for port in ports(bridge) if not port.startswith(("vif", "tap"))]
 
 
+def ways_to_lan(bridge: str) -> list[str]:
+    """Where to look for other hosts of a bridge's LAN: guests of this one are there however cut off it is.
+
+    The bridge itself, if nothing leads out of it.
+    """
+    return uplinks(bridge) or [bridge]
+
+
 def unplugged(ifname: str) -> bool:
     """Whether nobody can be reached through a link, or through a bridge's uplinks, for want of a carrier."""
     return not any(_has_carrier(link) for link in uplinks(ifname) or [ifname])
@@ -81,25 +92,26 @@ def _has_carrier(ifname: str) -> bool:
 class LanSide:
     """A vif's LAN, to be asked for the guest.
 
-    :ivar ifname: probes leave and answers come through it: the LAN's bridge, or, if the guest's vif here is
-        at that, its uplink.
+    :ivar ifnames: probes leave and answers come through them: the uplinks of the LAN's bridge, or that.
     :ivar own_mac: the bridge's.
     :ivar guest_addresses: that the guest has been seen to use.
-    :ivar client_addresses: of others, whose answers prove that the LAN works.
+    :ivar client_addresses: of others, whose answers prove that the LAN works; if there are none, a carrier is to do.
+    :ivar neighbours: of more of them, as this host has them: clients may be beyond a router, which is one of these.
     """
 
-    ifname: str
+    ifnames: Sequence[str]
     own_mac: bytes
     guest_mac: bytes
     guest_addresses: Sequence[announce.Address]
     client_addresses: Sequence[announce.Address]
+    neighbours: Sequence[announce.Address] = ()
 
 
 class _Probed:
     """A LAN while it is asked."""
 
-    def __init__(self, side: LanSide, raw: RawLink, window_s: float) -> None:
-        self.raw = raw
+    def __init__(self, side: LanSide, raws: Sequence[RawLink], window_s: float) -> None:
+        self.raws = raws
         self._side = side
         self._probe = LanProbe(window_s, window_s / 2)
         self._peer_answers = False
@@ -107,25 +119,28 @@ class _Probed:
 
     def verdict(self, now_s: float) -> Verdict | None:
         """By what was heard since it was asked for last: before a gap, the probe forgets."""
-        taken_to_work = not self._side.client_addresses and not unplugged(self._side.ifname)
+        side = self._side
+        taken_to_work = not side.client_addresses and not all(map(unplugged, side.ifnames))
         lan_works, self._heard_another = self._heard_another or taken_to_work, False
         return self._probe.observe(now_s, peer_answers=self._peer_answers, lan_works=lan_works)
 
     def ask(self) -> None:
         side = self._side
         guest = side.guest_addresses or [announce.link_local(side.guest_mac)]
-        for address in [*guest, *side.client_addresses[:CLIENTS_ASKED]]:
+        others = [*side.client_addresses[:CLIENTS_ASKED], *side.neighbours[:CLIENTS_ASKED]]
+        for raw, address in itertools.product(self.raws, [*guest, *others]):
             try:
-                self.raw.send(announce.probe(side.own_mac, address))
+                raw.send(announce.probe(side.own_mac, address))
             except RemusError as error:
                 log.debug("%s", error)
 
     def hear(self) -> None:
-        while (frame := self.raw.recv()) is not None:
-            if frame.source_mac == self._side.guest_mac:
-                self._peer_answers = True
-            elif frame.source_mac != self._side.own_mac:
-                self._heard_another = True
+        for raw in self.raws:
+            while (frame := raw.recv()) is not None:
+                if frame.source_mac == self._side.guest_mac:
+                    self._peer_answers = True
+                elif frame.source_mac != self._side.own_mac:
+                    self._heard_another = True
 
 
 def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
@@ -140,7 +155,9 @@ def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
         return Verdict.UNKNOWN
     with contextlib.ExitStack() as stack:
         lans = [
-            _Probed(side, stack.enter_context(RawLink(side.ifname, bpf.discovery)), window_s)
+            _Probed(
+                side, [stack.enter_context(RawLink(name, bpf.discovery)) for name in side.ifnames], window_s
+            )
             for side in sides
         ]
         next_s = 0.0
@@ -153,6 +170,6 @@ def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:
                 next_s = now_s + PROBE_INTERVAL_S
                 for lan in lans:
                     lan.ask()
-            select.select([lan.raw for lan in lans], [], [], max(0.0, next_s - now_s))
+            select.select([raw for lan in lans for raw in lan.raws], [], [], max(0.0, next_s - now_s))
             for lan in lans:
                 lan.hear()

@@ -74,16 +74,22 @@ class LanWatch:
         return {handle: watch.known() for handle, watch in self._addresses.items()}
 
     def conflict(self) -> bool:
-        """Whether a frame with the guest's MAC has come in from the LAN."""
-        macs = {uplink.guest_mac for uplink in self._uplinks}
+        """Whether a frame with a vif's MAC has come in from that vif's LAN.
+
+        Not from another vif's: the two may be one, where it comes round.
+        """
         for uplink in self._uplinks:
             try:
                 while (frame := uplink.raw.recv()) is not None:
-                    if frame.source_mac in macs:
+                    if frame.source_mac == uplink.guest_mac:
                         self._conflict = True
             except RemusError as error:
                 log.debug("%s", error)
         return self._conflict
+
+    def forget_conflict(self) -> None:
+        """It is known that it was none."""
+        self._conflict = False
 
     def unplugged(self) -> bool:
         """Whether the guest can reach nobody on any of its LANs: then nobody there sees that it is alive."""
@@ -100,15 +106,20 @@ class LanWatch:
             return True
         if not self._uplinks:
             return False if not self._vifs else None
-        verdict = probe_guest([self._side_of(uplink, known) for uplink in self._uplinks], window_s)
+        verdict = probe_guest([self._side_of(handle, known) for handle in self._handles()], window_s)
         return True if self.conflict() else ACTIVE[verdict]
 
-    def _side_of(self, uplink: Uplink, known: Mapping[int, Known]) -> LanSide:
-        seen = known.get(uplink.handle, Known())
+    def _handles(self) -> list[int]:
+        """Of vifs that have a way to the LAN."""
+        return sorted({uplink.handle for uplink in self._uplinks})
+
+    def _side_of(self, handle: int, known: Mapping[int, Known]) -> LanSide:
+        seen = known.get(handle, Known())
+        ways = [uplink for uplink in self._uplinks if uplink.handle == handle]
         return LanSide(
-            uplink.ifname,
-            uplink.own_mac,
-            uplink.guest_mac,
+            [way.ifname for way in ways],
+            ways[0].own_mac,
+            ways[0].guest_mac,
             [ip_address(address) for address in seen.addresses],
             [ip_address(address) for address in seen.neighbours],
         )

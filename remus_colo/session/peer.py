@@ -30,7 +30,12 @@ STUCK_TIMEOUTS = 4.0
 # we are dead; a LAN probe that is silent for the second, which must be longer, can.
 SELF_LIMIT = 0.4
 PROBE_WINDOW = 0.5
+# Where a guest stands still for long at each checkpoint: silence for so many of its longest pauses is no pause.
+PAUSES_PER_WINDOW = 2.0
 BYE_TIMEOUT_S = 0.2
+# A save stream goes to the backup's xl, which may be busy for a while with what it has: it makes a domain first, and takes
+# memory for it.
+STREAM_TIMEOUT_S = 120.0
 # Until there is a replica nothing hangs on how soon a silent host is given up, and making one is the hardest
 # that both hosts have to do: a whole guest is copied, suspended and resumed.
 PATIENCE_AT_START_S = 20.0
@@ -54,6 +59,20 @@ class HeartbeatConfig:
         if not MIN_INTERVAL_S <= interval_s < timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"heartbeats every {interval_s} s with a time-out of {timeout_s} s")
         return cls(interval_s, timeout_s)
+
+
+def look_s(timeout_s: float, longest_pause_s: float = 0.0) -> float:
+    """How long the backup looks for the guest of a primary that is late, before it takes it for dead.
+
+    :param timeout_s: the heartbeats'.
+    :param longest_pause_s: of the guest's, as the primary has told.
+    """
+    return max(timeout_s * PROBE_WINDOW, longest_pause_s * PAUSES_PER_WINDOW)
+
+
+def bearable_s(timeout_s: float, longest_pause_s: float = 0.0) -> float:
+    """A silence of the guest's for which no backup has looked in vain; see :func:`look_s`."""
+    return look_s(timeout_s, longest_pause_s) * SELF_LIMIT / PROBE_WINDOW
 
 
 class Peer:
@@ -248,6 +267,26 @@ class Peer:
             if self._starting() and self.monitor.silence_s(now_s) <= PATIENCE_AT_START_S:
                 return False
             return self.monitor.expired(now_s)
+
+    def pause_told(self, longest_pause_s: float, *, certain: bool) -> None:
+        """The backup bears with the guest's pauses by this, the longest of late; from any thread.
+
+        :param certain: it is known to have it; else it may yet go by what it was told before.
+        """
+        limit_s = bearable_s(self.config.timeout_s, longest_pause_s)
+        with self._lock:
+            before_s = self.self_monitor.guest_limit_s
+            self.self_monitor.guest_limit_s = limit_s if certain else min(limit_s, before_s)
+
+    def guest_silent(self) -> None:
+        """From now on our guest answers nobody; from any thread, see :class:`SelfMonitor`."""
+        with self._lock:
+            self.self_monitor.guest_silent(time.monotonic())
+
+    def guest_answers(self) -> None:
+        """It does again; from any thread."""
+        with self._lock:
+            self.self_monitor.guest_answers(time.monotonic())
 
     def in_doubt(self) -> bool:
         """Whether the backup may rightly hold this host for dead."""

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
+FRESH = 2  # heartbeats: what the backup said of itself not longer ago is true yet
 # In all others protection has ended, or is about to.
 WITH_BACKUP = frozenset(
     {
@@ -115,6 +116,7 @@ class PrimarySession(abc.ABC):
         self.path: Path = self._make_path()
         self._lan = LanWatch(loop, self.path.links, engine.layout.vifs, store)
         self._doubt = Doubt(loop, config, self._lan, self.handle)
+        self._odd_lan = False  # which was told
         self._created = False
         self._peer_lost = False
         self._peer_failure: RemusError | None = None  # why the backup is gone, in its words or ours
@@ -391,8 +393,22 @@ class PrimarySession(abc.ABC):
             and not self.machine.final
             and self.machine.state is not PrimaryState.CONNECTING
         ):
-            self.event("lan-conflict")
-            self.handle(E.LAN_CONFLICT)
+            self._on_conflict()
+
+    def _on_conflict(self) -> None:
+        """Another host speaks as the guest; or its own frames come round, if the backup says that it only waits."""
+        waits = self.peer.peer_state and self.peer.peer_state not in DECIDING_STATES
+        if waits and not self._peer_lost and self.peer.silence_s() < self.config.heartbeat.interval_s * FRESH:
+            self._lan.forget_conflict()
+            if not self._odd_lan:
+                self._odd_lan = True
+                log.warning(
+                    "%s's own MAC address is seen in the LAN, and not from the backup host: there is a loop, or another machine has it",
+                    self.config.name,
+                )
+            return
+        self.event("lan-conflict")
+        self.handle(E.LAN_CONFLICT)
 
     def _check_interfaces(self) -> None:
         """Through one that came later the guest speaks to everybody, unheard of here, and its copy has none."""

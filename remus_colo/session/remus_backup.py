@@ -33,14 +33,12 @@ from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.backup import ANNOUNCE_REPEATS, BackupConfig, BackupSession
 from remus_colo.session.creation import RemusCreation
-from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest
+from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest, ways_to_lan
 from remus_colo.session.peer import Peer
 from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE, DEVICE_MODEL_XENSTORE
 
 log = logging.getLogger(__name__)
 
-# Silence for so many of the longest pauses that were seen is no pause.
-PAUSES_PER_WINDOW = 2.0
 # A guest that stood still for longer would be no use protected; and a takeover waits for a multiple of it.
 LONGEST_PAUSE_S = 600.0
 NEIGHBOURS = 16  # that are asked, at most
@@ -79,7 +77,7 @@ class RemusBackupSession(BackupSession):
         self._complete = 0  # the last checkpoint that is whole
         self._addresses: dict[int, list[announce.Address]] = {}
         self._neighbours: dict[int, list[announce.Address]] = {}
-        self._longest_pause_s = 0.0
+        self._pause_s = 0.0  # the longest
         self._links = Links()
 
     # -- what comes ----------------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ class RemusBackupSession(BackupSession):
             raise MessageError(f"CHECKPOINT_BEGIN announces {length} bytes as {codec!r}")
         if not 0 <= longest_pause_s <= LONGEST_PAUSE_S:
             raise MessageError(f"CHECKPOINT_BEGIN tells of a pause of {longest_pause_s} s")
-        self._longest_pause_s = longest_pause_s
+        self._pause_s = longest_pause_s
         self._addresses.update(addresses)
         self._neighbours.update(neighbours)
         self._device_state = {}
@@ -227,20 +225,23 @@ class RemusBackupSession(BackupSession):
 
     # -- failover ------------------------------------------------------------------------------------------
 
+    def _longest_pause_s(self) -> float:
+        return self._pause_s
+
     def _look_at_lan(self, window_s: float) -> Verdict:
-        # A guest that stands still for a checkpoint does not answer either.
-        window_s = max(window_s, self._longest_pause_s * PAUSES_PER_WINDOW)
         with Links() as links:
             hosts = links.addresses()  # which does not answer itself
             sides = [
                 LanSide(
-                    bridge := self._bridge_of(index, links),
+                    # The guest of this host's own is at that bridge, too.
+                    [bridge] if self.creation.same_host else ways_to_lan(bridge),
                     mac_bytes(links.mac(bridge)),
                     self._mac_of(index),
                     self._addresses.get(handle, []),
                     [address for address in self._neighbours.get(handle, []) if address not in hosts],
                 )
                 for index, handle in enumerate(self.creation.handles)
+                for bridge in (self._bridge_of(index, links),)
             ]
         return probe_guest(sides, window_s)
 
@@ -275,10 +276,15 @@ class RemusBackupSession(BackupSession):
         self.event("active", domid=domid)
         self._announce(ANNOUNCE_REPEATS)
 
+    def _announce(self, repeats: int) -> None:
+        """From the takeover on until the guest is there, which takes xl seconds: a primary that was only frozen looks
+        for it, and would go on if it found nobody.
+        """
+        starting = self.domid is None and self.machine.state is BackupState.ACTIVE
+        super()._announce(ANNOUNCE_REPEATS if starting else repeats)
+
     def _announce_once(self) -> None:
         """The guest does so, too, as soon as its interface is connected."""
-        if self.domid is None:
-            return  # not before it is there
         for index, handle in enumerate(self.creation.handles):
             try:
                 with RawLink(self._bridge_of(index)) as raw:

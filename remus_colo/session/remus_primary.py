@@ -151,6 +151,12 @@ class SendingWorker(CheckpointWorker):
         self._acked_epoch = 0
         self._resumed_epoch = 0
 
+    def standstill(self, begins: bool) -> None:
+        if begins:
+            self._session.peer.guest_silent()
+        else:
+            self._session.peer.guest_answers()
+
     def live(self, chunk: bytes) -> None:
         if not self._begun_first:
             self._begun_first = True
@@ -228,6 +234,7 @@ class RemusSession(PrimarySession):
         probe: Callable[[str], None] = lambda point: None,
     ) -> None:
         self._granted = threading.Event()
+        self._told_pause_s = 0.0
         self._domain_config = toolstack.domain_config(engine.guest.domid)
         super().__init__(loop, config, engine, store, make_peer, event, devices)
         sender = CheckpointSender(self.peer.data, compress=config.compression, describe=self._describe)
@@ -255,8 +262,10 @@ class RemusSession(PrimarySession):
     def _describe(self) -> dict[str, Any]:
         """In the checkpoints' thread."""
         known = {str(handle): seen for handle, seen in self._lan.known().items()}
+        self._told_pause_s = self.worker.stats.longest_pause_s
+        self.peer.pause_told(self._told_pause_s, certain=False)
         return {
-            "longest_pause_s": self.worker.stats.longest_pause_s,
+            "longest_pause_s": self._told_pause_s,
             "addresses": {handle: list(seen.addresses) for handle, seen in known.items()},
             "neighbours": {handle: list(seen.neighbours) for handle, seen in known.items()},
         }
@@ -309,6 +318,7 @@ class RemusSession(PrimarySession):
         self.event("checkpoint", **checkpoint_fields(times), sent_bytes=self.worker.sender.sent_bytes)
 
     def _release_committed(self) -> None:
+        self.peer.pause_told(self._told_pause_s, certain=True)
         self.worker.probe("c")
         try:
             self.devices.commit()

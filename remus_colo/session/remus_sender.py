@@ -13,11 +13,10 @@ from remus_colo.relocation.bulk import CheckpointDigest, state_buffers
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Buffer
+from remus_colo.session.peer import STREAM_TIMEOUT_S
 
 MODE = "remus"  # of CREATE
 FRAME_BYTES = 4 << 20
-# xl may be busy for a while with what it has: it makes a domain first, and takes memory for it.
-LIVE_TIMEOUT_S = 120.0
 CODEC_NONE, CODEC_DELTA = "none", "delta"
 DEVICE_MODEL_STATE = "device-model"
 DEVICE_MODEL_XENSTORE = "device-model-xenstore"
@@ -40,7 +39,7 @@ class CheckpointSender:
     def live(self, chunk: bytes) -> None:
         """:raise PeerLost: the backup does not take it."""
         self._digest.update([chunk])
-        deadline_s = time.monotonic() + LIVE_TIMEOUT_S
+        deadline_s = time.monotonic() + STREAM_TIMEOUT_S
         self.sent_bytes += self._channel.send_bulk(
             MessageType.CREATE_STREAM, 1, [chunk], deadline_s=deadline_s
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from remus_colo.devices.device import DeviceSet
 
 REASON = "interval"
 RECENT = 4096  # pauses that are remembered
+LATELY = 100  # by which it is judged how long the next may be
 
 
 @dataclass(slots=True)
@@ -23,8 +25,22 @@ class WorkerStats:
 
     checkpoints: int = 0
     pause_s: list[float] = field(default_factory=list)
-    longest_pause_s: float = 0.0
+    _lately: deque[float] = field(default_factory=lambda: deque(maxlen=LATELY))
     staged_bytes: int = 0
+
+    def note(self, times: RoundTimes) -> None:
+        self.checkpoints = times.number
+        self.staged_bytes = times.staged_bytes
+        self.pause_s.append(times.pause_s)
+        del self.pause_s[:-RECENT]
+        if times.number == 2:
+            self._lately.clear()  # in the first one's pause a whole guest may have been copied
+        self._lately.append(times.pause_s)
+
+    @property
+    def longest_pause_s(self) -> float:
+        """Of late; 0 before there was one."""
+        return max(self._lately, default=0.0)
 
 
 class CheckpointWorker:
@@ -72,16 +88,12 @@ class CheckpointWorker:
             device_model=self._device_model,
             dirty_log=self._dirty_log,
             on_round=self._note,
+            on_standstill=self.standstill,
         )
         self.loop.run()
 
     def _note(self, times: RoundTimes) -> None:
-        stats = self.stats
-        stats.checkpoints = times.number
-        stats.staged_bytes = times.staged_bytes
-        stats.pause_s.append(times.pause_s)
-        stats.longest_pause_s = max(stats.longest_pause_s, times.pause_s)
-        del stats.pause_s[:-RECENT]
+        self.stats.note(times)
         self._on_checkpoint(times)
 
     # -- where the copies go: nowhere, unless a subclass knows better ----------------------------------------
@@ -102,6 +114,9 @@ class CheckpointWorker:
 
     def going_on(self) -> bool:
         return not self.ending.is_set()
+
+    def standstill(self, begins: bool) -> None:
+        """The guest is about to be stopped, or has been resumed; in any thread."""
 
     def suspended(self) -> None:
         self._begun_s = time.monotonic()

@@ -27,7 +27,11 @@ def sides(net: Network, links: Links) -> list[LanSide]:
     net.add_port("lan1", "other", "o0", OTHER_CLIENT_IP, "02:00:00:00:01:01", bridge="br1")
     return [
         LanSide(
-            bridge, mac_bytes(links.mac(bridge)), mac_bytes(mac), [IPv4Address(guest)], [IPv4Address(client)]
+            [bridge],
+            mac_bytes(links.mac(bridge)),
+            mac_bytes(mac),
+            [IPv4Address(guest)],
+            [IPv4Address(client)],
         )
         for bridge, mac, guest, client in (
             ("br1", "02:00:00:00:01:02", OTHER_GUEST_IP, OTHER_CLIENT_IP),
@@ -66,7 +70,7 @@ def speak_ipv6(net: Network, name: str, ifname: str, *addresses: str) -> None:
 
 def side(links: Links, guest: list[str], clients: list[str]) -> LanSide:
     return LanSide(
-        "br0",
+        ["br0"],
         mac_bytes(links.mac("br0")),
         mac_bytes("02:00:00:00:00:02"),
         [IPv6Address(address) for address in guest],
@@ -96,3 +100,29 @@ def test_a_guest_that_has_not_been_heard_yet(net: Network, links: Links) -> None
 
 def test_nowhere_to_ask() -> None:
     assert probe_guest([], WINDOW_S) is Verdict.UNKNOWN
+
+
+@pytest.mark.parametrize(("ways", "verdict"), [(["lan0"], Verdict.UNKNOWN), (["br0"], Verdict.DEAD)])
+def test_a_guest_of_this_host_proves_nothing_of_the_lan(
+    net: Network, links: Links, ways: list[str], verdict: Verdict
+) -> None:
+    """It hears, and answers, however cut off this host is: only what comes in by an uplink tells of others."""
+    links.delete_link(VIF)
+    net.add_namespace("local")
+    net.add_port("vif9.0", "local", "l0", "10.77.0.9", "02:00:00:00:00:09")
+    with net.inside("client"):
+        run("ip", "link", "set", "c0", "down")
+    own_mac, guest_mac = mac_bytes(links.mac("br0")), mac_bytes("02:00:00:00:00:02")
+    clients = [IPv4Address(CLIENT_IP), IPv4Address("10.77.0.9")]
+    side = LanSide(ways, own_mac, guest_mac, [IPv4Address(GUEST_IP)], clients)
+    assert probe_guest([side], WINDOW_S) is verdict
+
+
+def test_clients_beyond_a_router(links: Links) -> None:
+    """They answer no one who asks the LAN for them; the router, a neighbour of this host, does."""
+    links.delete_link(VIF)
+    beyond = [IPv4Address("192.0.2.1")]
+    own_mac, guest_mac = mac_bytes(links.mac("br0")), mac_bytes("02:00:00:00:00:02")
+    asked = [["lan0"], own_mac, guest_mac, [IPv4Address(GUEST_IP)], beyond]
+    assert probe_guest([LanSide(*asked)], WINDOW_S) is Verdict.UNKNOWN
+    assert probe_guest([LanSide(*asked, [IPv4Address(CLIENT_IP)])], WINDOW_S) is Verdict.DEAD

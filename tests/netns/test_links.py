@@ -44,6 +44,17 @@ def mirror_support(links: Links) -> None:
     links.remove_mirror("lo")
 
 
+def test_neighbours_are_those_that_were_found(links: Links) -> None:
+    run("ip", "addr", "add", "10.77.0.3/24", "dev", "br0")
+    for address, state in (("10.77.0.1", "reachable"), ("10.77.0.4", "stale"), ("10.77.0.7", "permanent")):
+        run("ip", "neigh", "replace", address, "lladdr", "02:00:00:00:00:01", "dev", "br0", "nud", state)
+    run("ip", "neigh", "replace", "10.77.0.5", "dev", "br0", "nud", "failed")
+    run("ip", "neigh", "replace", "10.77.0.6", "lladdr", "02:00:00:00:00:01", "dev", VIF, "nud", "permanent")
+    assert set(links.neighbours("br0")) == {ip_address(f"10.77.0.{number}") for number in (1, 4, 7)}
+    with pytest.raises(NetworkError):
+        links.neighbours("vif9.9")
+
+
 def test_what_is_told_of_a_link(net: Network, links: Links) -> None:
     assert links.exists(VIF)
     assert not links.exists("vif9.9")

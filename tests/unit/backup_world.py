@@ -154,6 +154,7 @@ class Path:
         self.links.exists = lambda name: name in bridges
         self.links.mac.return_value = "02:00:00:00:00:01"
         self.links.addresses.return_value = {ip_address("10.77.0.12")}
+        self.links.neighbours.return_value = []
         self.vifs = {0: SvmVifPath(faults)}
         self.closed = False
 

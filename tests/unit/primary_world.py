@@ -195,6 +195,10 @@ class VifPath:
         self._step("release_input")
         self.input_held = False
 
+    def give_input(self) -> None:
+        self._step("give_input")
+        self.input_held = self.mirror_held = False
+
     def cut(self) -> None:
         self._step("cut")
         self.output_held = True

@@ -56,12 +56,18 @@ class Rounds:
     device_state = DeviceState()
 
     def __init__(
-        self, world: RemusWorld, destination: Any, callbacks: Any, on_round: Callable[[RoundTimes], None]
+        self,
+        world: RemusWorld,
+        destination: Any,
+        callbacks: Any,
+        on_round: Callable[[RoundTimes], None],
+        on_standstill: Callable[[bool], None],
     ) -> None:
         self._world = world
         self._destination = destination
         self._callbacks = callbacks
         self._on_round = on_round
+        self._on_standstill = on_standstill
 
     def run(self) -> None:
         guest = self._world.engine.guest
@@ -71,6 +77,7 @@ class Rounds:
             if not self._callbacks.going_on():
                 raise Ended
             number += 1
+            self._on_standstill(True)
             self._world.faults.step("suspend")
             guest.suspended = True
             try:
@@ -78,6 +85,7 @@ class Rounds:
                 self._callbacks.resuming()
             finally:
                 guest.suspended = False
+            self._on_standstill(False)
             self._destination.deliver(number, memoryview(b"" if number == 1 else b"changes"))
             self._on_round(RoundTimes(number=number, pause_s=0.001))
             if not self._callbacks.committed():
@@ -110,8 +118,8 @@ class RemusWorld(World):
             mock.patch.object(
                 remus_worker,
                 "PeriodicCheckpoints",
-                lambda suspender, destination, calls, *, on_round, **_: Rounds(
-                    self, destination, calls, on_round
+                lambda suspender, destination, calls, *, on_round, on_standstill, **_: Rounds(
+                    self, destination, calls, on_round, on_standstill
                 ),
             ),
         ]

@@ -274,6 +274,33 @@ def test_self_monitor() -> None:
     assert not monitor.in_doubt(7.0)
 
 
+def test_a_guest_that_answers_nobody_leaves_a_doubt() -> None:
+    monitor = SelfMonitor(1.0)
+    monitor.sent(1, 0.0)
+    monitor.guest_silent(0.0)
+    monitor.guest_silent(0.8)  # it was silent before
+    monitor.sent(2, 0.9)
+    assert not monitor.in_doubt(1.0)
+    assert monitor.in_doubt(1.1)
+    monitor.sent(3, 1.1)
+    monitor.guest_answers(1.2)
+    assert monitor.in_doubt(1.2), "the backup may have looked for it"
+    monitor.seen(3)
+    assert monitor.in_doubt(1.2), "heartbeat 3 was sent before"
+    monitor.sent(4, 1.3)
+    monitor.seen(4)
+    assert not monitor.in_doubt(1.3)
+    monitor.guest_silent(1.4)
+    monitor.guest_answers(1.5)
+    monitor.sent(5, 1.5)
+    assert not monitor.in_doubt(1.6), "nobody takes that for dead"
+    monitor.guest_limit_s = 5.0  # the backup knows that it pauses for long
+    monitor.guest_silent(1.6)
+    monitor.sent(6, 2.5)
+    monitor.sent(7, 3.4)
+    assert not monitor.in_doubt(4.0)
+
+
 @pytest.mark.parametrize("make", [PeerMonitor, Pacer, SelfMonitor])
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_impossible_times(make: type, seconds: float) -> None:
@@ -298,6 +325,14 @@ def test_lan_probe() -> None:
     assert frozen.observe(0.0, peer_answers=False, lan_works=True) is None
     # we did not run from 0 to 5, and saw nothing
     assert frozen.observe(5.0, peer_answers=False, lan_works=True) is None
+
+    cut_off_before = LanProbe(window_s=1.0, gap_s=0.4)
+    assert [cut_off_before.observe(t, peer_answers=False, lan_works=t == 0.8) for t in (0.0, 0.4, 0.8)] == [
+        None
+    ] * 3
+    assert cut_off_before.observe(1.1, peer_answers=False, lan_works=False) is None
+    assert cut_off_before.observe(1.5, peer_answers=False, lan_works=False) is None
+    assert cut_off_before.observe(1.9, peer_answers=False, lan_works=False) is Verdict.DEAD
 
     cut_off = LanProbe(window_s=0.5, gap_s=0.4)
     cut_off.observe(0.0, peer_answers=False, lan_works=False)

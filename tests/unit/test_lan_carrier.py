@@ -56,5 +56,5 @@ def test_silence_where_nobody_is_known(
     raw.__enter__.return_value.recv.return_value = None
     monkeypatch.setattr(lan, "RawLink", lambda *_: raw)
     monkeypatch.setattr(lan.select, "select", lambda *_: None)
-    side = LanSide("xenbr0", bytes(6), bytes(6), [ip_address("10.77.0.20")], [])
+    side = LanSide(["xenbr0"], bytes(6), bytes(6), [ip_address("10.77.0.20")], [])
     assert probe_guest([side], 0.2) is verdict

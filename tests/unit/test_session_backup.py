@@ -374,6 +374,40 @@ def test_a_primary_that_is_not_known_to_be_dead(verdict: Verdict | Exception) ->
     assert "open_lan" not in world.faults.steps
 
 
+def test_a_primary_that_goes_on_alone_is_heard_to_the_last() -> None:
+    """This host was frozen, say, and its connection is found silent before it is read: what the SVM knows is old by now."""
+    world = World()
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+
+        def said_before_the_verdict() -> None:
+            primary.control.send_control(MessageType.BYE, 0, {})
+            world.await_state_after("arbitrating")
+
+        world.faults.at["probe"] = said_before_the_verdict
+        world.call(lambda: world.session._lost("no sign of life"))
+    world.assert_gone()
+    assert "active" not in world.states()
+
+
+def test_a_look_that_found_the_guest_is_repeated_when_its_host_is_lost() -> None:
+    """The link went first, then the host: that the guest was seen is no longer true."""
+    world = World(verdict=Verdict.ALIVE)
+    with world.running() as primary:
+        primary.begin()
+        primary.checkpoint()
+        world.call(world.session._arbitration.look_early)
+        while world.session._arbitration._early.verdict is None:
+            time.sleep(0.001)
+        world.verdict = Verdict.DEAD
+        primary.leave()
+        world.await_event("active")
+        world.session.shut_down()
+    world.assert_serving()
+    assert world.faults.steps.count("probe") == 2
+
+
 def test_neither_host_is_asked_whether_the_lan_works() -> None:
     """The one cannot answer itself, the other may be dead: a guest that they alone talked to would have no heir."""
     world = World(verdict=Verdict.DEAD)

@@ -17,7 +17,7 @@ from remus_colo.failover.heartbeat import PeerMonitor
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session import backup, inbox, peer, primary
+from remus_colo.session import backup, colo_checkpoints, inbox, peer, primary
 from remus_colo.session.inbox import Inbox
 from remus_colo.session.loop import Loop
 from remus_colo.session.peer import HeartbeatConfig, Peer
@@ -202,6 +202,28 @@ def test_a_silent_host_is_looked_at_when_it_may_be_lost() -> None:
 def test_a_look_at_the_lan_is_long_enough_and_done_in_time() -> None:
     """Longer than a primary that is alive may be frozen without knowing it, and over when that one counts as lost."""
     assert peer.SELF_LIMIT < peer.PROBE_WINDOW < 1 - backup.SUSPECT_AFTER
+
+
+def test_a_guest_that_is_silent_for_as_long_as_is_borne_is_no_doubt() -> None:
+    """What is borne is less than what is looked for, and grows with the pauses that the backup was told of."""
+    for pause_s in (0.0, 0.5, 7.0):
+        assert peer.bearable_s(2.0, pause_s) < peer.look_s(2.0, pause_s)
+        assert peer.bearable_s(2.0, pause_s) > pause_s
+    assert peer.bearable_s(2.0) == 2.0 * peer.SELF_LIMIT
+    assert (peer.look_s(2.0, 0.4), peer.look_s(2.0, 7.0)) == (1.0, 14.0)
+    with ends(timeout_s=2.0) as both:
+        monitor = both.peer.self_monitor
+        assert monitor.guest_limit_s == 0.8
+        both.peer.pause_told(7.0, certain=False)
+        assert monitor.guest_limit_s == 0.8  # it may not have heard yet
+        both.peer.pause_told(7.0, certain=True)
+        assert monitor.guest_limit_s == pytest.approx(11.2)
+        both.peer.pause_told(1.0, certain=False)
+        assert monitor.guest_limit_s == pytest.approx(1.6)  # or it may have
+
+
+def test_the_input_is_not_held_for_so_long_that_the_guest_seems_dead() -> None:
+    assert colo_checkpoints.HOLD_LIMIT < peer.SELF_LIMIT
 
 
 def test_the_primary_gives_its_backup_one_heartbeat_less() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from remus_colo.failover.primary import PrimaryEvent
 from remus_colo.proxy.comparator import CheckpointRequest, Reason
 from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
-from remus_colo.session import inherited, peer
+from remus_colo.session import colo_checkpoints, inherited, peer, primary
 
 MODES = (Mode.TRANSPARENT, Mode.COOPERATIVE)
 
@@ -371,6 +372,98 @@ def test_a_backup_that_leaves_before_the_svm_has_stopped_costs_no_packet() -> No
     assert world.steps.count("cut") == 1  # the first checkpoint's
     assert "release_all" in world.steps
     world.assert_clean()
+
+
+def test_a_guest_is_not_kept_from_its_input_by_a_backup_that_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The link may be gone, and then the backup looks for the guest on the LAN; when it does answer, the checkpoint goes on."""
+    monkeypatch.setattr(colo_checkpoints, "HOLD_LIMIT", 0.0001)
+    world = World(Mode.COOPERATIVE)
+    silent: list[bool] = []
+
+    def slow(message: Message) -> None:
+        while "give_input" not in world.steps[first:]:
+            time.sleep(0.001)
+        silent.append(world.path.vifs[0].input_held or world.path.vifs[0].mirror_held)
+        world.backup.answer(message)
+
+    first = 0
+
+    def protected() -> None:
+        nonlocal first
+        first = len(world.steps)
+        world.backup.at[MessageType.PREPARE, 2] = slow
+        world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
+
+    world.on_event["protected"] = protected
+    world.backup.at[MessageType.CHECKPOINT_END, 2] = lambda message: (
+        world.backup.answer(message),
+        world.session.request_stop(),
+    )
+    assert world.run() is ExitStatus.OK
+    assert silent == [False]
+    assert world.steps[first:].count("hold_input") == 2
+    assert world.steps.count("collect") == 2
+    world.assert_clean()
+
+
+@pytest.mark.parametrize("limit_s", [0.0, 30.0])
+def test_a_backup_that_is_lost_while_the_guest_answers_nobody(
+    limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For so long that the backup may have looked for it in vain, and be active: nobody knows before the LAN is asked."""
+    world = World(Mode.COOPERATIVE)
+    world.session.peer.self_monitor.guest_limit_s = limit_s
+    monkeypatch.setattr(world.session._lan, "secondary_active", lambda *_: True)
+    world.backup.at[MessageType.PREPARE, 2] = lambda _: world.backup.leave()
+    world.on_event["protected"] = lambda: world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
+    status = world.run()
+    if limit_s:
+        assert status is ExitStatus.UNPROTECTED
+        world.assert_clean()
+    else:
+        assert status is ExitStatus.FENCED
+        assert "release_all" not in world.steps
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        ("standby", ExitStatus.OK),
+        ("syncing", ExitStatus.OK),
+        ("arbitrating", ExitStatus.FENCED),
+        ("", ExitStatus.FENCED),
+    ],
+)
+def test_the_guests_own_mac_in_the_lan(
+    state: str, status: ExitStatus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the backup's, or nobody knows; but not if that says that it waits: the only guest is not destroyed for a loop."""
+    monkeypatch.setattr(primary, "GUEST_CHECK_S", 0.05)
+    world = World()
+    lan = world.session._lan
+    monkeypatch.setattr(lan, "conflict", lambda: lan._conflict)
+    forget = lan.forget_conflict
+
+    def forgotten() -> None:
+        forget()
+        world.session.request_stop()
+
+    monkeypatch.setattr(lan, "forget_conflict", forgotten)
+
+    def protected() -> None:
+        if state:
+            world.backup.say(MessageType.HEARTBEAT, sequence=1, sent_ns=1, state=state, seen=0)
+            while world.session.peer.peer_state != state:
+                time.sleep(0.001)
+        lan._conflict = True
+
+    world.on_event["protected"] = protected
+    assert world.run() is status
+    assert ("there is a loop" in caplog.text) is (status is ExitStatus.OK)
+    if status is ExitStatus.OK:
+        world.assert_clean()
 
 
 @pytest.mark.parametrize("mode", MODES)

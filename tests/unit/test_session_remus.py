@@ -5,11 +5,15 @@ it was.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from remus_world import RemusWorld
 
+from remus_colo.checkpoint.periodic import RoundTimes
 from remus_colo.errors import ExitStatus, NetworkError, RemusError, XenError
 from remus_colo.relocation.schema import MessageType
+from remus_colo.session.remus_worker import LATELY, WorkerStats
 
 ERRORS = (XenError("Xen refused"), NetworkError("a link is gone"), RuntimeError("a mistake"))
 
@@ -97,3 +101,33 @@ def test_a_bug_while_nobody_knows_who_is_active_releases_nothing() -> None:
     assert world.output.dropped is True
     assert "release_all" not in world.steps
     world.assert_clean()
+
+
+def test_a_pause_is_borne_by_what_was_told_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first, in which the whole guest may be copied, is soon forgotten; and so is a long one, some time after."""
+    stats = WorkerStats()
+    told = []
+    for number, pause_s in enumerate([9.0, 0.1, 0.3, *[0.2] * LATELY], 1):
+        stats.note(RoundTimes(number=number, pause_s=pause_s))
+        told.append(stats.longest_pause_s)
+    assert told[:4] == [9.0, 0.1, 0.3, 0.3]
+    assert told[-2:] == [0.3, 0.2]
+    assert WorkerStats().longest_pause_s == 0.0
+
+
+def test_a_backup_that_is_lost_in_a_long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have looked for the guest in vain."""
+    world = RemusWorld()
+    monkeypatch.setattr(world.session._lan, "secondary_active", lambda *_: True)
+    monkeypatch.setattr(world.session.peer, "pause_told", lambda *_, **__: None)
+    world.session.peer.self_monitor.guest_limit_s = 0.0
+
+    def lost() -> None:
+        world.backup.leave()
+        while "arbitrating" not in world.names():
+            time.sleep(0.001)
+
+    world.after(3, lambda: world.at.update(postsuspend=lost))
+    assert world.run() is ExitStatus.FENCED
+    assert "release_all" not in world.steps
+    assert world.engine.guest.gone
