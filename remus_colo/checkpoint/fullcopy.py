@@ -13,14 +13,19 @@ import mmap
 import os
 from collections.abc import Iterator
 
-from remus_colo.adapters import savestream, zeros
+from remus_colo.adapters import memory, savestream, zeros
 from remus_colo.adapters.savestream import SaveHooks
+from remus_colo.adapters.xenctrl import Guest
 from remus_colo.checkpoint import libxcrecords as libxc
 from remus_colo.checkpoint.libxcrecords import PAGE_SIZE, Record
-from remus_colo.errors import FramingError
+from remus_colo.errors import FramingError, HostError
 
 HEADERS_BYTES = 24 + 16  # image header and domain header, before the first record
 PAGES_PER_RECORD = 1024  # as libxenguest's MAX_BATCH_SIZE
+# Of an image: with each page a number, and for each batch of them a header; besides, the guest's state and its table of
+# frames.
+PAGE_ENTRY_BYTES = 8
+STATE_BYTES = 4 << 20
 CHECKPOINT_RECORD = libxc.RECORD.pack(libxc.CHECKPOINT, 0)
 
 
@@ -28,9 +33,16 @@ def save_checkpoints(domid: int, fd: int, hooks: SaveHooks) -> None:
     """As :func:`remus_colo.adapters.savestream.save_checkpoints`, without a dirty log.
 
     :raise XenError: libxenguest failed.
+    :raise HostError: this host has no memory for two copies of the guest.
     """
+    with Guest(domid, writable=False) as guest:
+        size = guest.info().tot_pages * (PAGE_SIZE + PAGE_ENTRY_BYTES) + STATE_BYTES
+    refuse_without_memory(2 * size)
     images = [Image(), Image()]
     try:
+        for image in images:
+            # While the guest runs: to find memory page by page takes longer than to copy it.
+            image.reserve(size)
         number = 0
         while True:
             now, before = images[number % 2], images[(number + 1) % 2]
@@ -48,6 +60,16 @@ def save_checkpoints(domid: int, fd: int, hooks: SaveHooks) -> None:
             image.close()
 
 
+def refuse_without_memory(size: int) -> None:
+    """:raise HostError: dom0 has not so many bytes, and to take them would have the kernel kill something."""
+    available = memory.available_bytes()
+    if size > available:
+        raise HostError(
+            f"Xen does not tell what this guest writes, so two copies of it are kept here, which takes {size >> 20} MiB of dom0's "
+            f"memory, and {available >> 20} MiB are left: give dom0 more (xl mem-set 0)"
+        )
+
+
 class Image:
     """One copy of the guest, in memory."""
 
@@ -55,6 +77,11 @@ class Image:
         self._fd = os.memfd_create("remus-copy", os.MFD_CLOEXEC)
         self._length = 0
         self._map: mmap.mmap | None = None
+
+    def reserve(self, size: int) -> None:
+        """Have room for so many bytes."""
+        os.posix_fallocate(self._fd, 0, size)
+        self._map = mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
 
     def take(self, domid: int) -> None:
         """Copy the guest, which is suspended."""

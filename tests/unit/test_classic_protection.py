@@ -104,11 +104,12 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     monkeypatch.setattr(
         remus_worker,
         "PeriodicCheckpoints",
-        lambda suspender, destination, calls, *, on_round, **_: Rounds(
+        lambda suspender, destination, calls, *, on_round, on_standstill, **_: Rounds(
             made,  # type: ignore[arg-type]
             destination,
             calls,
             on_round,
+            on_standstill,
         ),
     )
     yield made
