@@ -98,7 +98,8 @@ class PeriodicCheckpoints:
     :param dirty_log: whether Xen tells what this guest has written; see ``fullcopy.py``.
     :param timer_s: suspend the guest at this interval by a clock, whatever the copy before has come to
         (``remus --timer``); 0: when ``committed`` returns.
-    :param on_standstill: called with True before the guest is stopped, with False when it has been resumed; in any thread.
+    :param on_standstill: called, in any thread, before the guest is stopped and when it has been, with the time since when it
+        may stand still, in seconds of CLOCK_MONOTONIC; and with None when it runs.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class PeriodicCheckpoints:
         device_model: DeviceModel | None = None,
         dirty_log: bool = True,
         on_round: Callable[[RoundTimes], None] | None = None,
-        on_standstill: Callable[[bool], None] = lambda begins: None,
+        on_standstill: Callable[[float | None], None] = lambda since_s: None,
     ) -> None:
         self._suspender = suspender
         self._destination = destination
@@ -149,6 +150,8 @@ class PeriodicCheckpoints:
                 self._suspender.call_off()
                 if self._suspender.suspended:
                     self._resume_guest()
+                else:
+                    self._on_standstill(None)  # it may have been asked to suspend, in vain
             except XenError as error:
                 log.info("after the last checkpoint: %s", error)
             if self._device_model is not None:
@@ -202,10 +205,11 @@ class PeriodicCheckpoints:
         return self._device_state
 
     def _stop_guest(self) -> None:
-        self._on_standstill(True)
+        self._on_standstill(time.monotonic())
         if self._device_model is not None:
             self._device_model.prepare()
         self._stopped_s = self._suspender.suspend()
+        self._on_standstill(self._stopped_s)
         if self._device_model is not None:
             # At once, as what it does to the guest's memory in saving is to be copied, too.
             self._stopped_state = self._device_model.stop()
@@ -216,7 +220,7 @@ class PeriodicCheckpoints:
                 self._device_model.go_on()
         finally:
             self._suspender.resume()  # much of a guest works without its device model
-            self._on_standstill(False)
+            self._on_standstill(None)
 
 
 class Ended(Exception):

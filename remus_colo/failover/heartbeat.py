@@ -98,10 +98,16 @@ class SelfMonitor:
         self._last_s = now_s
         self._last_sequence = sequence
 
-    def guest_silent(self, now_s: float) -> None:
-        """The guest stands still, or hears nobody: it answers no one who looks for it. Idempotent."""
-        if self._guest_silent_s is None:
-            self._guest_silent_s = now_s
+    @property
+    def guest_is_silent(self) -> bool:
+        return self._guest_silent_s is not None
+
+    def guest_silent(self, since_s: float) -> None:
+        """The guest stands still, or hears nobody: it answers no one who looks for it.
+
+        :param since_s: since then; a later call knows better.
+        """
+        self._guest_silent_s = since_s
 
     def guest_answers(self, now_s: float) -> None:
         """It does again. Idempotent."""

@@ -122,7 +122,10 @@ class Checkpoints:
     def _hold_input(self) -> None:
         if not self._held:
             self._held = True
-            self._session.peer.guest_silent()
+            if (
+                self._session.stats.epoch > 1
+            ):  # else there is no replica yet that could be taken for the guest
+                self._session.peer.guest_silent()
             self._path.each(lambda vif: vif.hold_input())
 
     def _hold_no_longer(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from remus_colo.adapters import bpf
 from remus_colo.adapters.netlink import Links
 from remus_colo.adapters.rawlink import RawLink
-from remus_colo.errors import DomainError, RemusError
+from remus_colo.errors import DomainError, NetworkError, RemusError
 from remus_colo.failover.arbiter import LanProbe, Verdict, of_all
 from remus_colo.proxy import announce
 
@@ -63,15 +63,30 @@ def ports(bridge: str) -> list[str]:
 
 def uplinks(bridge: str) -> list[str]:
     """Ports of a bridge that are no guest's: where the LAN is."""
-    return [port for port in ports(bridge) if not port.startswith(("vif", "tap"))]
+    return [port for port in ports(bridge) if not port.startswith(("vif", "tap")) and not _is_backend(port)]
+
+
+def _is_backend(ifname: str) -> bool:
+    """Whether it is a guest's, by whatever name."""
+    try:
+        return Path(f"/sys/class/net/{ifname}/device/modalias").read_text().startswith("xen-backend:")
+    except OSError:
+        return False
 
 
 def ways_to_lan(bridge: str) -> list[str]:
     """Where to look for other hosts of a bridge's LAN: guests of this one are there however cut off it is.
 
-    The bridge itself, if nothing leads out of it.
+    The bridge itself, if nothing leads out of it, or if it is for it to say which VLAN that is.
     """
-    return uplinks(bridge) or [bridge]
+    return [bridge] if _filters_vlans(bridge) else uplinks(bridge) or [bridge]
+
+
+def _filters_vlans(bridge: str) -> bool:
+    try:
+        return Path(f"/sys/class/net/{bridge}/bridge/vlan_filtering").read_text() == "1\n"
+    except OSError:
+        return False
 
 
 def unplugged(ifname: str) -> bool:
@@ -110,7 +125,7 @@ class LanSide:
 class _Probed:
     """A LAN while it is asked."""
 
-    def __init__(self, side: LanSide, raws: Sequence[RawLink], window_s: float) -> None:
+    def __init__(self, side: LanSide, raws: list[RawLink], window_s: float) -> None:
         self.raws = raws
         self._side = side
         self._probe = LanProbe(window_s, window_s / 2)
@@ -135,12 +150,19 @@ class _Probed:
                 log.debug("%s", error)
 
     def hear(self) -> None:
-        for raw in self.raws:
-            while (frame := raw.recv()) is not None:
-                if frame.source_mac == self._side.guest_mac:
-                    self._peer_answers = True
-                elif frame.source_mac != self._side.own_mac:
-                    self._heard_another = True
+        """:raise NetworkError: none of the links is there any more."""
+        for raw in list(self.raws):
+            try:
+                while (frame := raw.recv()) is not None:
+                    if frame.source_mac == self._side.guest_mac:
+                        self._peer_answers = True
+                    elif frame.source_mac != self._side.own_mac:
+                        self._heard_another = True
+            except NetworkError as error:
+                self.raws.remove(raw)
+                if not self.raws:
+                    raise
+                log.info("%s", error)
 
 
 def probe_guest(sides: Sequence[LanSide], window_s: float) -> Verdict:

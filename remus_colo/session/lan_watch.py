@@ -9,6 +9,7 @@ would answer.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -25,6 +26,8 @@ from remus_colo.session.lan import LanSide, mac_bytes, probe_guest, unplugged, u
 from remus_colo.session.loop import Loop
 
 log = logging.getLogger(__name__)
+
+DEAF_S = 60.0  # after the last frame with the guest's MAC that was no other host's guest
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class LanWatch:
         self._store = store
         self._uplinks: list[Uplink] = []
         self._conflict = False
+        self._deaf_until_s = 0.0
         self._addresses: dict[int, AddressWatch] = {}
 
     def start(self) -> None:
@@ -82,14 +86,23 @@ class LanWatch:
             try:
                 while (frame := uplink.raw.recv()) is not None:
                     if frame.source_mac == uplink.guest_mac:
-                        self._conflict = True
+                        if self._deaf():
+                            self.no_conflict()
+                        else:
+                            self._conflict = True
             except RemusError as error:
                 log.debug("%s", error)
         return self._conflict
 
-    def forget_conflict(self) -> None:
-        """It is known that it was none."""
+    def _deaf(self) -> bool:
+        return time.monotonic() < self._deaf_until_s
+
+    def no_conflict(self) -> None:
+        """It is known that it was none: the guest's own frames come round, or others have its address.  For a while such
+        frames tell nothing.
+        """
         self._conflict = False
+        self._deaf_until_s = time.monotonic() + DEAF_S
 
     def unplugged(self) -> bool:
         """Whether the guest can reach nobody on any of its LANs: then nobody there sees that it is alive."""
@@ -104,6 +117,8 @@ class LanWatch:
         """
         if self.conflict():
             return True
+        if self._deaf():
+            return None
         if not self._uplinks:
             return False if not self._vifs else None
         verdict = probe_guest([self._side_of(handle, known) for handle in self._handles()], window_s)

@@ -278,15 +278,19 @@ class Peer:
             before_s = self.self_monitor.guest_limit_s
             self.self_monitor.guest_limit_s = limit_s if certain else min(limit_s, before_s)
 
-    def guest_silent(self) -> None:
-        """From now on our guest answers nobody; from any thread, see :class:`SelfMonitor`."""
+    def guest_silent(self, since_s: float | None = None) -> None:
+        """Since then, or from now on, our guest answers nobody; from any thread, see :class:`SelfMonitor`."""
         with self._lock:
-            self.self_monitor.guest_silent(time.monotonic())
+            self.self_monitor.guest_silent(time.monotonic() if since_s is None else since_s)
 
     def guest_answers(self) -> None:
         """It does again; from any thread."""
         with self._lock:
             self.self_monitor.guest_answers(time.monotonic())
+
+    def guest_is_silent(self) -> bool:
+        with self._lock:
+            return self.self_monitor.guest_is_silent
 
     def in_doubt(self) -> bool:
         """Whether the backup may rightly hold this host for dead."""

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
+STANDSTILL_LOOK_S = 0.02
 FRESH = 2  # heartbeats: what the backup said of itself not longer ago is true yet
 # In all others protection has ended, or is about to.
 WITH_BACKUP = frozenset(
@@ -182,6 +183,10 @@ class PrimarySession(abc.ABC):
     def packet_counters(self) -> dict[str, int]:
         """The guest's output in figures, all vifs together."""
 
+    def _stands_still(self) -> bool:
+        """Whether the guest is stopped, and may be for as long as the backup looks for it."""
+        return False
+
     @abc.abstractmethod
     def _end_steps(self) -> list[Callable[[], object]]:
         """What leaves the host as it was, and the guest running; each is taken, whatever becomes of the others."""
@@ -326,13 +331,17 @@ class PrimarySession(abc.ABC):
     def _lost(self, reason: str) -> None:
         if self._peer_lost:
             return
-        self._peer_lost = True
-        self._peer_failure = self._peer_failure or PeerLost(reason)
         # A hook at the backup may be switching this host off, however well we feel.  And a look at the LAN
         # does not find a guest that is cut off from it.
         doubt = (
             bool(self.config.fence) or self.peer.in_doubt() or self._lan.conflict() or self._lan.unplugged()
         )
+        if not doubt and self._stands_still():
+            # For how long yet, nobody knows; and nobody is served meanwhile.
+            self.loop.call_later(STANDSTILL_LOOK_S, lambda: self._lost(reason))
+            return
+        self._peer_lost = True
+        self._peer_failure = self._peer_failure or PeerLost(reason)
         self.handle(E.BACKUP_LOST_IN_DOUBT if doubt else E.BACKUP_LOST, reason=reason)
 
     def _check_peer(self) -> None:
@@ -399,7 +408,7 @@ class PrimarySession(abc.ABC):
         """Another host speaks as the guest; or its own frames come round, if the backup says that it only waits."""
         waits = self.peer.peer_state and self.peer.peer_state not in DECIDING_STATES
         if waits and not self._peer_lost and self.peer.silence_s() < self.config.heartbeat.interval_s * FRESH:
-            self._lan.forget_conflict()
+            self._lan.no_conflict()
             if not self._odd_lan:
                 self._odd_lan = True
                 log.warning(

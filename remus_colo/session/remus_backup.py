@@ -237,8 +237,13 @@ class RemusBackupSession(BackupSession):
                     [bridge] if self.creation.same_host else ways_to_lan(bridge),
                     mac_bytes(links.mac(bridge)),
                     self._mac_of(index),
-                    self._addresses.get(handle, []),
+                    guest := self._addresses.get(handle, []),
                     [address for address in self._neighbours.get(handle, []) if address not in hosts],
+                    [
+                        address
+                        for address in links.neighbours(bridge)
+                        if address not in hosts and address not in guest
+                    ],
                 )
                 for index, handle in enumerate(self.creation.handles)
                 for bridge in (self._bridge_of(index, links),)

@@ -151,11 +151,11 @@ class SendingWorker(CheckpointWorker):
         self._acked_epoch = 0
         self._resumed_epoch = 0
 
-    def standstill(self, begins: bool) -> None:
-        if begins:
-            self._session.peer.guest_silent()
-        else:
+    def standstill(self, since_s: float | None) -> None:
+        if since_s is None:
             self._session.peer.guest_answers()
+        elif self.stats.checkpoints:  # else there is no replica yet that could be taken for the guest
+            self._session.peer.guest_silent(since_s)
 
     def live(self, chunk: bytes) -> None:
         if not self._begun_first:
@@ -334,6 +334,9 @@ class RemusSession(PrimarySession):
 
     def _abandon_capture(self) -> None:
         self.worker.end()
+
+    def _stands_still(self) -> bool:
+        return self.peer.guest_is_silent()
 
     def _on_worker_ended(self, _: object, error: BaseException | None) -> None:
         if error is None or self.machine.final or isinstance(error, Ended):

@@ -115,8 +115,8 @@ class CheckpointWorker:
     def going_on(self) -> bool:
         return not self.ending.is_set()
 
-    def standstill(self, begins: bool) -> None:
-        """The guest is about to be stopped, or has been resumed; in any thread."""
+    def standstill(self, since_s: float | None) -> None:
+        """See ``on_standstill`` of :class:`PeriodicCheckpoints`."""
 
     def suspended(self) -> None:
         self._begun_s = time.monotonic()

@@ -24,6 +24,7 @@ from remus_colo.testbed.scenario_trial import Plan
 SCRIPT = Path(__file__).parent / "classic_script.py"
 CONTROL_SCRIPT = Path(__file__).parent / "classic_control.py"
 SAVE_SCRIPT = Path(__file__).parent / "classic_save.py"
+IMAGE_SCRIPT = Path(__file__).parent / "classic_image.py"
 MOVE_SCRIPT = Path(__file__).parent / "classic_move.py"
 AFTERWARDS_S = 15.0
 # A PV guest is copied whole at each checkpoint, which takes emulated hosts seconds.
@@ -101,6 +102,16 @@ def test_saving_and_restoring_as_xend_did(protection: Protection) -> None:
     protection.ensure_guest()
     protection.bed.push("primary", SAVE_SCRIPT, "/root/classic_save.py")
     protection.bed.exec("primary", f"python3 /root/classic_save.py {GUEST} /root/web.save", SCRIPT_TIMEOUT_S)
+    protection.http_get("/1k")
+
+
+@pytest.mark.long
+def test_an_image_of_checkpoints_becomes_the_guest(protection: Protection) -> None:
+    protection.ensure_guest()
+    protection.bed.push("primary", IMAGE_SCRIPT, "/root/classic_image.py")
+    protection.bed.exec(
+        "primary", f"python3 /root/classic_image.py {GUEST} /var/tmp/web.img", SCRIPT_TIMEOUT_S
+    )
     protection.http_get("/1k")
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import threading
 from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import CLIENT_IP, DEADLINE_S, GUEST_IP, VIF, Network, run
 
 from remus_colo.adapters.netlink import Links
+from remus_colo.errors import NetworkError
 from remus_colo.failover.arbiter import Verdict
+from remus_colo.session import lan
 from remus_colo.session.lan import LanSide, mac_bytes, probe_guest
 
 WINDOW_S = 0.4
@@ -126,3 +130,25 @@ def test_clients_beyond_a_router(links: Links) -> None:
     asked = [["lan0"], own_mac, guest_mac, [IPv4Address(GUEST_IP)], beyond]
     assert probe_guest([LanSide(*asked)], WINDOW_S) is Verdict.UNKNOWN
     assert probe_guest([LanSide(*asked, [IPv4Address(CLIENT_IP)])], WINDOW_S) is Verdict.DEAD
+
+
+def test_a_way_that_goes_while_it_is_looked_at(
+    net: Network, links: Links, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other tells; without another nobody does."""
+    net.add_namespace("local")
+    net.add_port("veth9", "local", "l0", "10.77.0.9", "02:00:00:00:00:09")
+    select = lan.select.select
+
+    def goes(*args: Any) -> Any:
+        if links.exists("veth9"):
+            links.delete_link("veth9")
+        return select(*args)
+
+    monkeypatch.setattr(lan, "select", mock.Mock(select=goes))
+    own_mac, guest_mac = mac_bytes(links.mac("br0")), mac_bytes("02:00:00:00:00:02")
+    about = (own_mac, guest_mac, [IPv4Address(OTHER_GUEST_IP)], [IPv4Address(CLIENT_IP)])
+    assert probe_guest([LanSide(["veth9", "lan0"], *about)], WINDOW_S) is Verdict.DEAD
+    net.add_port("veth9", "local", "l0", "10.77.0.9", "02:00:00:00:00:09")
+    with pytest.raises(NetworkError, match="veth9"):
+        probe_guest([LanSide(["veth9"], *about)], WINDOW_S)

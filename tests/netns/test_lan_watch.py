@@ -87,6 +87,26 @@ def test_an_announcement_is_enough(net: Network, watch: LanWatch) -> None:
     assert watch.secondary_active(WINDOW_S, {}) is True
 
 
+def test_frames_that_were_found_to_come_round_tell_nothing(net: Network, watch: LanWatch) -> None:
+    """Nor do more of them, for a while: to look for the guest there would find those, too."""
+    sender = net.sniffer("client", "c0")
+
+    def comes_round() -> None:
+        sender.send(announce.gratuitous_arp(mac_bytes(GUEST_MAC), IPv4Address(GUEST_IP)))
+
+    comes_round()
+    wait_until(watch.conflict, "the frame")
+    watch.no_conflict()
+    assert watch.secondary_active(WINDOW_S, KNOWN) is None
+    deaf_until_s = watch._deaf_until_s
+    comes_round()
+    wait_until(lambda: not watch.conflict() and watch._deaf_until_s > deaf_until_s, "the next frame")
+    watch._deaf_until_s = 0.0  # that was long ago
+    assert watch.secondary_active(WINDOW_S, KNOWN) is False
+    comes_round()
+    wait_until(watch.conflict, "another host's")
+
+
 def test_a_lan_that_does_not_work_says_nothing(net: Network, watch: LanWatch) -> None:
     with net.inside("client"):
         run("ip", "link", "set", "c0", "down")

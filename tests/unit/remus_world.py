@@ -61,7 +61,7 @@ class Rounds:
         destination: Any,
         callbacks: Any,
         on_round: Callable[[RoundTimes], None],
-        on_standstill: Callable[[bool], None],
+        on_standstill: Callable[[float | None], None],
     ) -> None:
         self._world = world
         self._destination = destination
@@ -77,7 +77,7 @@ class Rounds:
             if not self._callbacks.going_on():
                 raise Ended
             number += 1
-            self._on_standstill(True)
+            self._on_standstill(time.monotonic())
             self._world.faults.step("suspend")
             guest.suspended = True
             try:
@@ -85,7 +85,7 @@ class Rounds:
                 self._callbacks.resuming()
             finally:
                 guest.suspended = False
-            self._on_standstill(False)
+            self._on_standstill(None)
             self._destination.deliver(number, memoryview(b"" if number == 1 else b"changes"))
             self._on_round(RoundTimes(number=number, pause_s=0.001))
             if not self._callbacks.committed():

@@ -278,7 +278,7 @@ def test_a_guest_that_answers_nobody_leaves_a_doubt() -> None:
     monitor = SelfMonitor(1.0)
     monitor.sent(1, 0.0)
     monitor.guest_silent(0.0)
-    monitor.guest_silent(0.8)  # it was silent before
+    assert monitor.guest_is_silent
     monitor.sent(2, 0.9)
     assert not monitor.in_doubt(1.0)
     assert monitor.in_doubt(1.1)
@@ -290,8 +290,10 @@ def test_a_guest_that_answers_nobody_leaves_a_doubt() -> None:
     monitor.sent(4, 1.3)
     monitor.seen(4)
     assert not monitor.in_doubt(1.3)
-    monitor.guest_silent(1.4)
+    monitor.guest_silent(0.4)  # it was asked to suspend
+    monitor.guest_silent(1.4)  # and did
     monitor.guest_answers(1.5)
+    assert not monitor.guest_is_silent
     monitor.sent(5, 1.5)
     assert not monitor.in_doubt(1.6), "nobody takes that for dead"
     monitor.guest_limit_s = 5.0  # the backup knows that it pauses for long

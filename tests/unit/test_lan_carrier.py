@@ -20,7 +20,7 @@ def carriers(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | OSError]:
     found: dict[str, str | OSError] = {}
 
     def read(path: Path) -> str:
-        told = found.get(path.parent.name, FileNotFoundError())
+        told = found.get(path.parent.name if path.name == "carrier" else str(path), FileNotFoundError())
         if isinstance(told, OSError):
             raise told
         return told
@@ -41,6 +41,18 @@ def test_a_bridge_all_of_whose_uplinks_have_no_carrier(
     assert unplugged("xenbr0") is gone
     assert unplugged("eth0") is (eth0 == "0\n")
     assert not unplugged("one that nothing is known of")
+
+
+def test_where_the_lan_is(carriers: dict[str, str | OSError]) -> None:
+    """Where a guest is, is none, whatever its vif is called (vifname=); a bridge with VLANs is asked for its own."""
+    assert lan.ways_to_lan("xenbr0") == ["eth0", "eth1"]
+    carriers["/sys/class/net/eth1/device/modalias"] = "xen-backend:vif\n"
+    carriers["/sys/class/net/eth0/device/modalias"] = "pci:v00008086d0000100E\n"
+    assert lan.ways_to_lan("xenbr0") == ["eth0"]
+    assert lan.ways_to_lan("internal") == ["internal"]
+    for filtering, ways in (("0\n", ["eth0"]), ("1\n", ["xenbr0"])):
+        carriers["/sys/class/net/xenbr0/bridge/vlan_filtering"] = filtering
+        assert lan.ways_to_lan("xenbr0") == ways
 
 
 @pytest.mark.parametrize(("carrier", "verdict"), [("1\n", Verdict.DEAD), ("0\n", Verdict.UNKNOWN)])

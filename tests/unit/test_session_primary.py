@@ -444,13 +444,13 @@ def test_the_guests_own_mac_in_the_lan(
     world = World()
     lan = world.session._lan
     monkeypatch.setattr(lan, "conflict", lambda: lan._conflict)
-    forget = lan.forget_conflict
+    no_conflict = lan.no_conflict
 
-    def forgotten() -> None:
-        forget()
+    def settled() -> None:
+        no_conflict()
         world.session.request_stop()
 
-    monkeypatch.setattr(lan, "forget_conflict", forgotten)
+    monkeypatch.setattr(lan, "no_conflict", settled)
 
     def protected() -> None:
         if state:

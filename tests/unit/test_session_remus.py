@@ -115,8 +115,11 @@ def test_a_pause_is_borne_by_what_was_told_of_those_before(monkeypatch: pytest.M
     assert WorkerStats().longest_pause_s == 0.0
 
 
-def test_a_backup_that_is_lost_in_a_long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have looked for the guest in vain."""
+@pytest.mark.parametrize(("number", "status"), [(1, ExitStatus.PEER_UNREACHABLE), (3, ExitStatus.FENCED)])
+def test_a_backup_that_is_lost_in_a_long_pause(
+    number: int, status: ExitStatus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have looked for the guest in vain; but not before there is a replica."""
     world = RemusWorld()
     monkeypatch.setattr(world.session._lan, "secondary_active", lambda *_: True)
     monkeypatch.setattr(world.session.peer, "pause_told", lambda *_, **__: None)
@@ -124,10 +127,34 @@ def test_a_backup_that_is_lost_in_a_long_pause(monkeypatch: pytest.MonkeyPatch) 
 
     def lost() -> None:
         world.backup.leave()
-        while "arbitrating" not in world.names():
+        while not world.session._peer_lost:
             time.sleep(0.001)
 
+    if number == 1:
+        world.at["postsuspend"] = lost
+    else:
+        world.after(number, lambda: world.at.update(postsuspend=lost))
+    assert world.run() is status
+    if status is ExitStatus.FENCED:
+        assert "release_all" not in world.steps
+        assert world.engine.guest.gone
+    else:
+        world.assert_clean()
+
+
+def test_a_backup_that_is_lost_in_a_pause_is_judged_after_it() -> None:
+    """While the guest stands still nobody knows for how long it will, and whether the backup will have looked in vain."""
+    world = RemusWorld()
+    lost_while_it_stood: list[bool] = []
+
+    def lost() -> None:
+        world.backup.leave()
+        while "peer-lost" not in world.names():
+            time.sleep(0.001)
+        time.sleep(0.1)  # the loop goes on meanwhile
+        lost_while_it_stood.append(world.session._peer_lost)
+
     world.after(3, lambda: world.at.update(postsuspend=lost))
-    assert world.run() is ExitStatus.FENCED
-    assert "release_all" not in world.steps
-    assert world.engine.guest.gone
+    assert world.run() is ExitStatus.UNPROTECTED
+    assert lost_while_it_stood == [False]
+    world.assert_clean()
