@@ -21,7 +21,6 @@ from remus_colo.checkpoint.libxcrecords import PAGE_SIZE, Record
 from remus_colo.errors import FramingError, HostError
 
 HEADERS_BYTES = 24 + 16  # image header and domain header, before the first record
-PAGES_PER_RECORD = 1024  # as libxenguest's MAX_BATCH_SIZE
 # Of an image: with each page a number, and for each batch of them a header; besides, the guest's state and its table of
 # frames.
 PAGE_ENTRY_BYTES = 8
@@ -130,8 +129,7 @@ def difference(now: memoryview, before: memoryview) -> Iterator[bytes | memoryvi
             changed += _changed(now, record, before, old)
         elif seen and record.kind != libxc.END:
             state.append(now[record.offset - libxc.RECORD.size : record.end])
-    for start in range(0, len(changed), PAGES_PER_RECORD):
-        yield _page_data(changed[start : start + PAGES_PER_RECORD])
+    yield from libxc.page_data(changed)
     yield from state
     yield CHECKPOINT_RECORD
 
@@ -154,10 +152,3 @@ def _changed(
 
 def _content(stream: memoryview, offset: int | None) -> memoryview | None:
     return None if offset is None else stream[offset : offset + PAGE_SIZE]
-
-
-def _page_data(pages: list[tuple[int, memoryview | None]]) -> bytes:
-    numbers = b"".join(entry.to_bytes(8, "little") for entry, _ in pages)
-    contents = b"".join([page for _, page in pages if page is not None])
-    body = libxc.PAGE_DATA_PREFIX.pack(len(pages), 0) + numbers + contents
-    return libxc.RECORD.pack(libxc.PAGE_DATA, len(body)) + body

@@ -7,7 +7,7 @@ Source: docs/specs/libxc-migration-stream.pandoc of Xen, version 3 of the format
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from remus_colo.errors import FramingError
@@ -16,6 +16,7 @@ PAGE_SIZE = 4096
 RECORD = struct.Struct("<II")  # type, length of the body, which is padded to a multiple of 8
 ALIGNMENT = 8
 END, PAGE_DATA, CHECKPOINT = 0x00000000, 0x00000001, 0x0000000E
+PAGES_PER_RECORD = 1024  # as libxenguest's MAX_BATCH_SIZE
 PAGE_DATA_PREFIX = struct.Struct("<II")  # count, reserved
 PFN_MASK = (1 << 52) - 1
 TYPE_SHIFT = 60
@@ -115,3 +116,18 @@ def pages(stream: memoryview | bytes | bytearray, record: Record) -> Iterator[Pa
     for entry, offset in all_pages(stream, record):
         if offset is not None:
             yield PageAt(entry, offset)
+
+
+def page_data(found: Sequence[tuple[int, bytes | memoryview | None]]) -> Iterator[bytes]:
+    """PAGE_DATA records of pages, each an entry and its content, if it has one; few records, as a receiver maps the
+    pages of each anew.
+    """
+    for start in range(0, len(found), PAGES_PER_RECORD):
+        some = found[start : start + PAGES_PER_RECORD]
+        numbers = b"".join(entry.to_bytes(8, "little") for entry, _ in some)
+        body = (
+            PAGE_DATA_PREFIX.pack(len(some), 0)
+            + numbers
+            + b"".join([page for _, page in some if page is not None])
+        )
+        yield RECORD.pack(PAGE_DATA, len(body)) + body

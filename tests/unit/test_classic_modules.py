@@ -279,7 +279,8 @@ def test_a_page_that_has_lost_its_content_does_not_get_it_back() -> None:
     writer = image.Writer(out, compact=True)
     writer.slurp(io.BytesIO(header + page_data((0, 1), (1, 1)) + CHECKPOINT + without_content + CHECKPOINT))
     writer.close()
-    assert out.getvalue() == header + page_data((0, 1)) + without_content + libxc.END_RECORD
+    both = libxc.PAGE_DATA_PREFIX.pack(2, 0) + struct.pack("<QQ", 0, gone) + b"\1" * image.PAGE_SIZE
+    assert out.getvalue() == header + record(libxc.PAGE_DATA, both) + libxc.END_RECORD
 
 
 def test_an_image_whose_writer_just_goes_is_complete() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 from typing import IO, Any
 
 from xen.remus import vm
@@ -229,9 +228,8 @@ class Writer:
         """Write the domain as of the last whole checkpoint, and the end; what came after it is left out."""
         if self._ended:
             return
-        for _, (entry, page) in sorted(self._pages.items()):
-            body = libxc.PAGE_DATA_PREFIX.pack(1, 0) + struct.pack("<Q", entry) + page
-            self.fd.write(libxc.RECORD.pack(libxc.PAGE_DATA, len(body)) + body)
+        for batch in libxc.page_data([page for _, page in sorted(self._pages.items())]):
+            self.fd.write(batch)
         for batch in self._state:
             self.fd.write(batch)
         self.fd.write(libxc.END_RECORD)
