@@ -29,8 +29,8 @@ Step = Callable[[str, str], AbstractContextManager[None]]
 # checkpoint when the host dies. The rate leaves an emulated host time to breathe, also on a machine that is busy itself;
 # an answer that is late on such a one is not lost.  Where answers are held, a round trip lasts as long, a PV guest's some
 # seconds; TCP repeats a segment after three such times (RFC 6298: a first measurement R makes it R + 4 R/2), and then after
-# twice as long, up to two minutes (TCP_RTO_MAX in Linux): for so long the last answers are waited for.
-LOAD = {"redis": 8, "http": 8, "echo": 4, "rate": 2, "churn": 1, "drain": 120}
+# twice as long, up to two minutes (TCP_RTO_MAX in Linux): for so long answers are waited for.
+LOAD = {"redis": 8, "http": 8, "echo": 4, "rate": 2, "churn": 1, "timeout": 120, "drain": 120}
 
 
 @dataclass(frozen=True, slots=True)
