@@ -30,8 +30,9 @@ STUCK_TIMEOUTS = 4.0
 # we are dead; a LAN probe that is silent for the second, which must be longer, can.
 SELF_LIMIT = 0.4
 PROBE_WINDOW = 0.5
-# Where a guest stands still for long at each checkpoint: silence for so many of its longest pauses is no pause.
-PAUSES_PER_WINDOW = 2.0
+# Where a guest stands still for long at each checkpoint: silence for so many of its longest pauses is no pause.  If it is
+# one after all, its primary does not go on without asking (SELF_LIMIT); and a takeover waits for as long.
+PAUSES_PER_WINDOW = 1.5
 BYE_TIMEOUT_S = 0.2
 # A save stream goes to the backup's xl, which may be busy for a while with what it has: it makes a domain first, and takes
 # memory for it.

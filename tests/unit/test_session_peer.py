@@ -210,16 +210,16 @@ def test_a_guest_that_is_silent_for_as_long_as_is_borne_is_no_doubt() -> None:
         assert peer.bearable_s(2.0, pause_s) < peer.look_s(2.0, pause_s)
         assert peer.bearable_s(2.0, pause_s) > pause_s
     assert peer.bearable_s(2.0) == 2.0 * peer.SELF_LIMIT
-    assert (peer.look_s(2.0, 0.4), peer.look_s(2.0, 7.0)) == (1.0, 14.0)
+    assert (peer.look_s(2.0, 0.4), peer.look_s(2.0, 7.0)) == (1.0, 10.5)
     with ends(timeout_s=2.0) as both:
         monitor = both.peer.self_monitor
         assert monitor.guest_limit_s == 0.8
         both.peer.pause_told(7.0, certain=False)
         assert monitor.guest_limit_s == 0.8  # it may not have heard yet
         both.peer.pause_told(7.0, certain=True)
-        assert monitor.guest_limit_s == pytest.approx(11.2)
+        assert monitor.guest_limit_s == pytest.approx(8.4)
         both.peer.pause_told(1.0, certain=False)
-        assert monitor.guest_limit_s == pytest.approx(1.6)  # or it may have
+        assert monitor.guest_limit_s == pytest.approx(1.2)  # or it may have
 
 
 def test_the_input_is_not_held_for_so_long_that_the_guest_seems_dead() -> None:
