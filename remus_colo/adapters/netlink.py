@@ -33,9 +33,8 @@ _IFF_UP = 0x1  # <linux/if.h>
 _IFF_NOARP = 0x80  # <linux/if.h>
 _RTMGRP_LINK = 1  # <linux/rtnetlink.h>
 _BR_STATE_FORWARDING = 3  # <linux/if_bridge.h>
-_NUD_FOUND = (
-    0x02 | 0x04 | 0x08 | 0x10 | 0x80
-)  # <linux/neighbour.h>: reachable, stale, delay, probe, permanent
+# <linux/neighbour.h>: reachable, stale, delay, probe, permanent
+_NUD_FOUND = 0x02 | 0x04 | 0x08 | 0x10 | 0x80
 _CARRIER_ALIAS = "remus_colo carrier of "
 _T = TypeVar("_T")
 

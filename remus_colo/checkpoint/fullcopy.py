@@ -17,10 +17,9 @@ from remus_colo.adapters import memory, savestream, zeros
 from remus_colo.adapters.savestream import SaveHooks
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.checkpoint import libxcrecords as libxc
-from remus_colo.checkpoint.libxcrecords import PAGE_SIZE, Record
+from remus_colo.checkpoint.libxcrecords import HEADERS_BYTES, PAGE_SIZE, Record
 from remus_colo.errors import FramingError, HostError
 
-HEADERS_BYTES = 24 + 16  # image header and domain header, before the first record
 # Of an image: with each page a number, and for each batch of them a header; besides, the guest's state and its table of
 # frames.
 PAGE_ENTRY_BYTES = 8

@@ -11,14 +11,12 @@ from remus_colo import dominfo, sxp
 from remus_colo.adapters import toolstack
 from remus_colo.adapters.xenctrl import Guest
 from remus_colo.adapters.xenstore import Store, domain_named
-from remus_colo.checkpoint import birth, libxlformat
+from remus_colo.checkpoint import birth, libxcrecords, libxlformat
 from remus_colo.checkpoint.xendheader import COLO_SIGNATURE, DESCRIPTION_LIMIT_BYTES, LENGTH, SIGNATURE
 from remus_colo.errors import ConfigError, DomainError, FramingError
 from remus_colo.options import check_word
 
 PIECE_BYTES = 1 << 20
-# What libxenguest's stream begins with: its image header's marker (docs/specs/libxc-migration-stream.pandoc).
-BARE_MARKER = b"\xff" * 8
 
 _INVALID = "not a valid guest state file"
 
@@ -93,7 +91,7 @@ def restore(read: Poll, header: Header, *, paused: bool = False) -> int:
         restorer = birth.Restorer(name)
         try:
             head = _head(read)
-            bare = head == BARE_MARKER
+            bare = head == libxcrecords.MARKER
             if bare:
                 restorer.feed(_prologue(header))
             restorer.feed(head)
@@ -122,8 +120,8 @@ def restore(read: Poll, header: Header, *, paused: bool = False) -> int:
 def _head(read: Poll) -> bytes:
     """So much as tells what stream it is; less at the end."""
     found = b""
-    while len(found) < len(BARE_MARKER):
-        piece = read(len(BARE_MARKER) - len(found))
+    while len(found) < len(libxcrecords.MARKER):
+        piece = read(len(libxcrecords.MARKER) - len(found))
         if piece is None:
             continue
         if not piece:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 from remus_colo.errors import FramingError
 
 PAGE_SIZE = 4096
+MARKER = b"\xff" * 8  # what a stream begins with
+HEADERS_BYTES = 24 + 16  # image header and domain header, before the first record
 RECORD = struct.Struct("<II")  # type, length of the body, which is padded to a multiple of 8
 ALIGNMENT = 8
 END, PAGE_DATA, CHECKPOINT = 0x00000000, 0x00000001, 0x0000000E

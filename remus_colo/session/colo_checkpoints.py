@@ -122,9 +122,8 @@ class Checkpoints:
     def _hold_input(self) -> None:
         if not self._held:
             self._held = True
-            if (
-                self._session.stats.epoch > 1
-            ):  # else there is no replica yet that could be taken for the guest
+            # Before there is a replica nothing could be taken for the guest.
+            if self._session.stats.epoch > 1:
                 self._session.peer.guest_silent()
             self._path.each(lambda vif: vif.hold_input())
 

@@ -9,7 +9,7 @@ import logging
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,32 @@ class LanSide:
     guest_addresses: Sequence[announce.Address]
     client_addresses: Sequence[announce.Address]
     neighbours: Sequence[announce.Address] = ()
+
+
+def side_of(
+    links: Links,
+    bridge: str,
+    guest_mac: bytes,
+    guest: Sequence[announce.Address],
+    clients: Iterable[announce.Address],
+    hosts: Collection[announce.Address],
+    *,
+    same_host: bool,
+) -> LanSide:
+    """A vif's LAN, as the backup host asks it.
+
+    :param guest, clients: their addresses, as far as they are known.
+    :param hosts: addresses of hosts that prove nothing.
+    :param same_host: the PVM's vif is at that bridge, too.
+    """
+    return LanSide(
+        [bridge] if same_host else ways_to_lan(bridge),
+        mac_bytes(links.mac(bridge)),
+        guest_mac,
+        guest,
+        [address for address in clients if address not in hosts],
+        [address for address in links.neighbours(bridge) if address not in hosts and address not in guest],
+    )
 
 
 class _Probed:

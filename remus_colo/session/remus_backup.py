@@ -33,7 +33,7 @@ from remus_colo.relocation.schema import MessageType
 from remus_colo.relocation.wire import Message
 from remus_colo.session.backup import ANNOUNCE_REPEATS, BackupConfig, BackupSession
 from remus_colo.session.creation import RemusCreation
-from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest, ways_to_lan
+from remus_colo.session.lan import bridge_here, mac_bytes, probe_guest, side_of
 from remus_colo.session.peer import Peer
 from remus_colo.session.remus_sender import CODEC_DELTA, CODEC_NONE, DEVICE_MODEL_STATE, DEVICE_MODEL_XENSTORE
 
@@ -232,21 +232,16 @@ class RemusBackupSession(BackupSession):
         with Links() as links:
             hosts = links.addresses()  # which does not answer itself
             sides = [
-                LanSide(
-                    # The guest of this host's own is at that bridge, too.
-                    [bridge] if self.creation.same_host else ways_to_lan(bridge),
-                    mac_bytes(links.mac(bridge)),
+                side_of(
+                    links,
+                    self._bridge_of(index, links),
                     self._mac_of(index),
-                    guest := self._addresses.get(handle, []),
-                    [address for address in self._neighbours.get(handle, []) if address not in hosts],
-                    [
-                        address
-                        for address in links.neighbours(bridge)
-                        if address not in hosts and address not in guest
-                    ],
+                    self._addresses.get(handle, []),
+                    self._neighbours.get(handle, []),
+                    hosts,
+                    same_host=self.creation.same_host,
                 )
                 for index, handle in enumerate(self.creation.handles)
-                for bridge in (self._bridge_of(index, links),)
             ]
         return probe_guest(sides, window_s)
 

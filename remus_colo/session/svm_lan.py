@@ -16,7 +16,7 @@ from remus_colo.failover.arbiter import Verdict
 from remus_colo.proxy import announce
 from remus_colo.proxy.backup_path import BackupPath
 from remus_colo.session.creation import Creation
-from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest, uplinks, ways_to_lan
+from remus_colo.session.lan import LanSide, bridge_here, mac_bytes, probe_guest, side_of, uplinks
 from remus_colo.session.steps import each
 
 log = logging.getLogger(__name__)
@@ -69,19 +69,14 @@ class SvmLan:
 
     def _side_of(self, vif: Vif, links: Links, hosts: Collection[announce.Address]) -> LanSide:
         path, bridge = self._path.vifs[vif.handle], self.bridge_of(vif.handle, links)
-        guest = path.guest_addresses.addresses
-        return LanSide(
-            # The PVM of this host's own is at that bridge, too.
-            [bridge] if self._creation.same_host else ways_to_lan(bridge),
-            mac_bytes(links.mac(bridge)),
+        return side_of(
+            links,
+            bridge,
             self.mac_of(vif),
-            guest,
-            [address for address in path.client_addresses.addresses if address not in hosts],
-            [
-                address
-                for address in links.neighbours(bridge)
-                if address not in hosts and address not in guest
-            ],
+            path.guest_addresses.addresses,
+            path.client_addresses.addresses,
+            hosts,
+            same_host=self._creation.same_host,
         )
 
     def expect_outage(self) -> None:

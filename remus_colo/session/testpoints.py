@@ -57,9 +57,8 @@ class TestPoints:
                 loop.add_reader(fd, lambda: self._read(loop, fd))
             except PermissionError:  # of epoll: it is no terminal, pipe or socket, but a file
                 for line in os.read(fd, FILE_BYTES).splitlines():
-                    if (
-                        not self._command
-                    ):  # the first one is reached before the old command would read another
+                    # The first command counts: it is reached before Xen's remus would have read another.
+                    if not self._command:
                         self._take(line + b"\n")
         except (OSError, ValueError):
             return  # closed

@@ -26,6 +26,14 @@ def stop_when_protected(world: World) -> None:
     world.on_event["protected"] = world.session.request_stop
 
 
+def stop_after_checkpoint(world: World, number: int) -> None:
+    def answer_and_stop(message: Message) -> None:
+        world.backup.answer(message)
+        world.session.request_stop()
+
+    world.backup.at[MessageType.CHECKPOINT_END, number] = answer_and_stop
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_from_the_beginning_to_the_end(mode: Mode) -> None:
     world = World(mode)
@@ -397,10 +405,7 @@ def test_a_guest_is_not_kept_from_its_input_by_a_backup_that_does_not_answer(
         world.session.request_checkpoint(CheckpointRequest(Reason.USER, ""))
 
     world.on_event["protected"] = protected
-    world.backup.at[MessageType.CHECKPOINT_END, 2] = lambda message: (
-        world.backup.answer(message),
-        world.session.request_stop(),
-    )
+    stop_after_checkpoint(world, 2)
     assert world.run() is ExitStatus.OK
     assert silent == [False]
     assert world.steps[first:].count("hold_input") == 2
@@ -534,10 +539,7 @@ def test_a_request_during_a_checkpoint_is_kept_if_it_came_after_the_cut() -> Non
         world.session.request_checkpoint(CheckpointRequest(Reason.USER, "first"))
 
     world.on_event["protected"] = protected
-    world.backup.at[MessageType.CHECKPOINT_END, 3] = lambda message: (
-        world.backup.answer(message),
-        world.session.request_stop(),
-    )
+    stop_after_checkpoint(world, 3)
     assert world.run() is ExitStatus.OK
     asked = [fields["detail"] for name, fields in world.events if name == "checkpoint-asked"]
     assert asked == ["first", "after"]

@@ -20,7 +20,7 @@ from remus_colo.errors import PeerLost, XenError
 from remus_colo.failover.arbiter import Verdict
 from remus_colo.relocation.channel import Channel
 from remus_colo.relocation.schema import MessageType
-from remus_colo.session import backup, remus_backup
+from remus_colo.session import backup, lan, remus_backup
 from remus_colo.session.backup import BackupConfig
 from remus_colo.session.creation import RemusCreation
 from remus_colo.session.lan import LanSide
@@ -85,7 +85,7 @@ class World:
         patch(backup, "Store", lambda: mock.Mock(list=lambda path: [], read=lambda path: "web"))
         patch(remus_backup, "Links", mock.MagicMock(return_value=links))
         patch(remus_backup, "Receiver", lambda config: self.receiver)
-        patch(remus_backup, "ways_to_lan", lambda bridge: [f"uplink of {bridge}"])
+        patch(lan, "ways_to_lan", lambda bridge: [f"uplink of {bridge}"])
         patch(remus_backup, "probe_guest", self._probe)
         raw = mock.MagicMock()
         raw.__enter__.return_value.send = self.said.append

@@ -35,9 +35,8 @@ SIGNATURE = xendheader.SIGNATURE.decode()
 COLO_SIGNATURE = xendheader.COLO_SIGNATURE.decode()
 PAGE_SIZE = libxc.PAGE_SIZE
 INTLEN = xendheader.LENGTH.size
-# Image header and domain header of libxenguest's stream.
-STREAM_MARKER = b"\xff" * 8
-STREAM_HEADERS_BYTES = 24 + 16
+STREAM_MARKER = libxc.MARKER
+STREAM_HEADERS_BYTES = libxc.HEADERS_BYTES
 
 
 class VMParseException(Exception):
