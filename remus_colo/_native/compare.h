@@ -118,6 +118,9 @@ void colo_tick(struct colo *c, int64_t now_ns);
 /* When colo_tick() has something to ask for next if nothing else happens; COLO_NEVER for not at all. */
 int64_t colo_deadline(const struct colo *c);
 
+/* When the oldest of the PVM's packets that wait for leave came; COLO_NEVER if none waits. */
+int64_t colo_oldest(const struct colo *c);
+
 /* -- what comes out -- */
 
 /* The packets that leave, in the order in which they must leave; valid until the next call. */

@@ -24,10 +24,15 @@ class PeerMonitor:
     :meth:`expired`; never the other way round.
 
     :param timeout_s: silence for longer than this means that the peer is lost.
+    :param least_s: so does silence for longer than this, if somebody has waited for the peer for longer than `timeout_s`:
+        they may have waited while it lived.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, least_s: float | None = None) -> None:
         self.timeout_s = _positive("the heartbeat time-out", timeout_s)
+        self.least_s = (
+            timeout_s if least_s is None else _positive("the shortest silence that counts", least_s)
+        )
         self._last_s: float | None = None
 
     def beat(self, now_s: float) -> None:
@@ -35,17 +40,26 @@ class PeerMonitor:
         if self._last_s is None or now_s > self._last_s:
             self._last_s = now_s
 
-    @property
-    def deadline_s(self) -> float | None:
-        """When the peer will be lost unless it is heard; None before its first beat."""
-        return None if self._last_s is None else self._last_s + self.timeout_s
+    def deadline_s(self, waiting_since_s: float | None = None) -> float | None:
+        """When the peer will be lost unless it is heard; None before its first beat.
+
+        :param waiting_since_s: since when somebody waits for it; None if nobody does.
+        """
+        if self._last_s is None:
+            return None
+        deadline_s = self._last_s + self.timeout_s
+        if waiting_since_s is None:
+            return deadline_s
+        return min(deadline_s, max(self._last_s + self.least_s, waiting_since_s + self.timeout_s))
 
     def silence_s(self, now_s: float) -> float:
         """How long the peer has been silent; 0 before its first beat."""
         return 0.0 if self._last_s is None else max(0.0, now_s - self._last_s)
 
-    def expired(self, now_s: float) -> bool:
-        return self.deadline_s is not None and now_s > self.deadline_s
+    def expired(self, now_s: float, waiting_since_s: float | None = None) -> bool:
+        """:param waiting_since_s: see :meth:`deadline_s`."""
+        deadline_s = self.deadline_s(waiting_since_s)
+        return deadline_s is not None and now_s > deadline_s
 
 
 class Pacer:
@@ -99,8 +113,8 @@ class SelfMonitor:
         self._last_sequence = sequence
 
     @property
-    def guest_is_silent(self) -> bool:
-        return self._guest_silent_s is not None
+    def guest_silent_since_s(self) -> float | None:
+        return self._guest_silent_s
 
     def guest_silent(self, since_s: float) -> None:
         """The guest stands still, or hears nobody: it answers no one who looks for it.

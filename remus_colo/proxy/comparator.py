@@ -266,6 +266,12 @@ class Comparator:
             deadline_s = math.nextafter(deadline_s, math.inf)
         return deadline_s
 
+    @property
+    def oldest_s(self) -> float | None:
+        """When the oldest of the packets that are held came; None if none is held."""
+        oldest_ns: int = self._lib.colo_oldest(self._colo)
+        return None if oldest_ns == self._lib.COLO_NEVER else oldest_ns / 1e9
+
     # -- checkpoints --------------------------------------------------------------------------------
 
     def cut(self, now_s: float) -> int:

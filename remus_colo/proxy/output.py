@@ -94,6 +94,11 @@ class Output:
         found["secondary_lost"] = 0 if self._link is None else self._link.dropped()
         return found
 
+    @property
+    def waiting_since_s(self) -> float | None:
+        """Since when the oldest packet that is held waits, by ``time.monotonic()``; None if none does."""
+        return self._comparator.oldest_s
+
     # -- packets ---------------------------------------------------------------------------------------
 
     def read(self) -> None:

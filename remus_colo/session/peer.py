@@ -37,6 +37,8 @@ BYE_TIMEOUT_S = 0.2
 # A save stream goes to the backup's xl, which may be busy for a while with what it has: it makes a domain first, and takes
 # memory for it.
 STREAM_TIMEOUT_S = 120.0
+# Of the time for which the other host may be silent, when clients have already waited for so long.
+IMPATIENT = 0.5
 # Until there is a replica nothing hangs on how soon a silent host is given up, and making one is the hardest
 # that both hosts have to do: a whole guest is copied, suspended and resumed.
 PATIENCE_AT_START_S = 20.0
@@ -91,6 +93,9 @@ class Peer:
     :param patience_s: how long it may be silent, if that is not the heartbeats' time-out.
     :param starting: whether no replica can be lost yet; the other host may be silent for
         :data:`PATIENCE_AT_START_S` then.
+    :param waiting_since_s: called in the loop's thread: since when, by ``time.monotonic()``, clients wait for something that
+        the other host has to send; None if none do.  Their wait counts as if that host had been silent, but for
+        :data:`IMPATIENT`.
     :param ask_clock: send a probe with each heartbeat; see :attr:`clocks` for what they tell.
     """
 
@@ -111,12 +116,14 @@ class Peer:
         sure: Callable[[], None] = lambda: None,
         patience_s: float | None = None,
         starting: Callable[[], bool] = lambda: False,
+        waiting_since_s: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.loop = loop
         self.control = control
         self.data = data
         self.config = config
-        self.monitor = PeerMonitor(config.timeout_s if patience_s is None else patience_s)
+        patience_s = config.timeout_s if patience_s is None else patience_s
+        self.monitor = PeerMonitor(patience_s, patience_s * IMPATIENT)
         self.self_monitor = SelfMonitor(config.timeout_s * SELF_LIMIT)
         self.peer_state = ""
         self._on_lost = on_lost
@@ -130,6 +137,7 @@ class Peer:
         self._ask_clock = ask_clock
         self._sure = sure
         self._starting = starting
+        self._waiting_since_s = waiting_since_s
         self.clocks = (
             None
             if clock is None
@@ -263,11 +271,12 @@ class Peer:
         """Whether the other host has been silent for too long: not while it is we who do not listen."""
         if any(inbox.full for inbox in self._inboxes):
             return False
+        waiting_since_s = self._waiting_since_s()
         with self._lock:
             now_s = time.monotonic()
             if self._starting() and self.monitor.silence_s(now_s) <= PATIENCE_AT_START_S:
                 return False
-            return self.monitor.expired(now_s)
+            return self.monitor.expired(now_s, waiting_since_s)
 
     def pause_told(self, longest_pause_s: float, *, certain: bool) -> None:
         """The backup bears with the guest's pauses by this, the longest of late; from any thread.
@@ -289,9 +298,10 @@ class Peer:
         with self._lock:
             self.self_monitor.guest_answers(time.monotonic())
 
-    def guest_is_silent(self) -> bool:
+    def guest_silent_since_s(self) -> float | None:
+        """Since when it answers nobody; None if it does."""
         with self._lock:
-            return self.self_monitor.guest_is_silent
+            return self.self_monitor.guest_silent_since_s
 
     def in_doubt(self) -> bool:
         """Whether the backup may rightly hold this host for dead."""

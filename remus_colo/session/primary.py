@@ -112,6 +112,7 @@ class PrimarySession(abc.ABC):
             clock=engine.clock,
             patience_s=patience_s(config.heartbeat),
             starting=lambda: self.machine.state is PrimaryState.CREATING,
+            waiting_since_s=self._waiting_since_s,
         )
         self.peer.quiet_state = lambda state: state in DECIDING_STATES
         self.path: Path = self._make_path()
@@ -182,6 +183,10 @@ class PrimarySession(abc.ABC):
     @abc.abstractmethod
     def packet_counters(self) -> dict[str, int]:
         """The guest's output in figures, all vifs together."""
+
+    def _waiting_since_s(self) -> float | None:
+        """Since when clients wait because of the backup, as far as that is none of the mode's own; None if none do."""
+        return None
 
     def _stands_still(self) -> bool:
         """Whether the guest is stopped, and may be for as long as the backup looks for it."""

@@ -336,7 +336,7 @@ class RemusSession(PrimarySession):
         self.worker.end()
 
     def _stands_still(self) -> bool:
-        return self.peer.guest_is_silent()
+        return self.peer.guest_silent_since_s() is not None
 
     def _on_worker_ended(self, _: object, error: BaseException | None) -> None:
         if error is None or self.machine.final or isinstance(error, Ended):

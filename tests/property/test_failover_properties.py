@@ -292,6 +292,21 @@ def test_a_peer_is_lost_exactly_when_silent_for_longer_than_the_timeout(
     assert monitor.expired(now_s) == (bool(beats) and now_s > max(beats) + timeout_s)
 
 
+@given(st.floats(0, 1000), st.floats(0.01, 10), st.floats(0.1, 1), st.floats(0, 1000), st.floats(0, 20))
+def test_nobody_waits_for_a_lost_peer_for_longer_than_the_timeout_and_what_a_silence_needs(
+    beat_s: float, timeout_s: float, least: float, waiting_since_s: float, later_s: float
+) -> None:
+    monitor = PeerMonitor(timeout_s, timeout_s * least)
+    monitor.beat(beat_s)
+    now_s = beat_s + later_s
+    if now_s > beat_s + timeout_s * least and now_s > waiting_since_s + timeout_s:
+        assert monitor.expired(now_s, waiting_since_s)
+    if monitor.expired(now_s):
+        assert monitor.expired(now_s, waiting_since_s), "a wait makes it no longer"
+    if monitor.expired(now_s, waiting_since_s):
+        assert monitor.silence_s(now_s) > timeout_s * least * 0.999
+
+
 @given(moments, st.floats(0.01, 10))
 def test_heartbeats_are_neither_more_frequent_than_asked_nor_forgotten(
     polls: list[float], interval_s: float

@@ -235,6 +235,7 @@ class Path:
         self.links.mtu.return_value = 1500
         self.links.addresses.return_value = {ip_address("10.77.0.11")}
         self.vifs = [VifPath(faults)]
+        self.waiting_since_s: float | None = None
         self.started = False
         self.closed = False
         self.dropped = False

@@ -238,12 +238,31 @@ def test_two_rows_for_one_case_are_a_bug() -> None:
 
 def test_peer_monitor() -> None:
     monitor = PeerMonitor(2.0)
-    assert (monitor.deadline_s, monitor.expired(99.0), monitor.silence_s(99.0)) == (None, False, 0.0)
+    assert (monitor.deadline_s(), monitor.expired(99.0), monitor.silence_s(99.0)) == (None, False, 0.0)
+    assert (monitor.deadline_s(1.0), monitor.expired(99.0, 1.0)) == (None, False)
     monitor.beat(10.0)
     monitor.beat(9.0)
-    assert (monitor.deadline_s, monitor.silence_s(11.5)) == (12.0, 1.5)
+    assert (monitor.deadline_s(), monitor.silence_s(11.5)) == (12.0, 1.5)
     assert not monitor.expired(12.0)
     assert monitor.expired(12.1)
+    assert monitor.deadline_s(5.0) == 12.0, "no silence is too short"
+
+
+def test_a_peer_that_others_wait_for_is_given_less() -> None:
+    monitor = PeerMonitor(2.0, 1.0)
+    monitor.beat(10.0)
+    waiting_since_s = (None, 12.0, 10.0, 9.5, 9.0, 3.0)
+    assert [monitor.deadline_s(since_s) for since_s in waiting_since_s] == [
+        12.0,
+        12.0,
+        12.0,
+        11.5,
+        11.0,
+        11.0,
+    ]
+    assert not monitor.expired(11.5, 9.5)
+    assert monitor.expired(11.6, 9.5)
+    assert not monitor.expired(11.6, 10.0)
 
 
 def test_pacer() -> None:
@@ -278,7 +297,7 @@ def test_a_guest_that_answers_nobody_leaves_a_doubt() -> None:
     monitor = SelfMonitor(1.0)
     monitor.sent(1, 0.0)
     monitor.guest_silent(0.0)
-    assert monitor.guest_is_silent
+    assert monitor.guest_silent_since_s == 0.0
     monitor.sent(2, 0.9)
     assert not monitor.in_doubt(1.0)
     assert monitor.in_doubt(1.1)
@@ -293,7 +312,7 @@ def test_a_guest_that_answers_nobody_leaves_a_doubt() -> None:
     monitor.guest_silent(0.4)  # it was asked to suspend
     monitor.guest_silent(1.4)  # and did
     monitor.guest_answers(1.5)
-    assert not monitor.guest_is_silent
+    assert monitor.guest_silent_since_s is None
     monitor.sent(5, 1.5)
     assert not monitor.in_doubt(1.6), "nobody takes that for dead"
     monitor.guest_limit_s = 5.0  # the backup knows that it pauses for long
@@ -303,7 +322,7 @@ def test_a_guest_that_answers_nobody_leaves_a_doubt() -> None:
     assert not monitor.in_doubt(4.0)
 
 
-@pytest.mark.parametrize("make", [PeerMonitor, Pacer, SelfMonitor])
+@pytest.mark.parametrize("make", [PeerMonitor, lambda least_s: PeerMonitor(1.0, least_s), Pacer, SelfMonitor])
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_impossible_times(make: type, seconds: float) -> None:
     with pytest.raises(ConfigError, match="must be more than 0 s"):

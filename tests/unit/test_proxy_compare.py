@@ -72,6 +72,34 @@ def test_ack_beyond_the_svms_is_held_and_times_out():
     assert bench.p(tcp(101, 71)) == HOLD
 
 
+def test_the_oldest_packet_that_waits():
+    bench = Bench().connect()
+    assert bench.comparator.oldest_s is None
+    bench.now_s = 1.0
+    bench.p(tcp(101, 60))
+    bench.now_s = 1.25
+    bench.p(udp(b"datagram"))
+    assert bench.comparator.oldest_s == 1.0
+    assert bench.s(tcp(101, 60)) == ((2,), None)
+    assert bench.comparator.oldest_s == 1.25
+    bench.now_s = 2.0
+    bench.cut()
+    bench.p(udp(b"of the next epoch"))
+    assert bench.comparator.oldest_s == 1.25
+    bench.commit()
+    assert bench.comparator.oldest_s == 2.0
+    bench.now_s = 3.0
+    bench.resume()
+    assert bench.comparator.oldest_s == 2.0, "it waits for its equal as it did for the SVM"
+    bench.cut()
+    bench.p(udp(b"of an epoch that never was"))
+    bench.now_s = 4.0
+    bench.abort()
+    assert bench.comparator.oldest_s == 2.0
+    bench.comparator.release_all(5.0)
+    assert bench.comparator.oldest_s is None
+
+
 def test_ack_numbers_wrap():
     bench = Bench().connect(ack=MASK - 1)
     assert bench.p(tcp(101, 3)) == HOLD

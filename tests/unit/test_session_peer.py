@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from primary_world import join_all
@@ -30,7 +31,7 @@ LOTS = 4 * inbox.LIMIT_BYTES // len(FRAME)
 class Ends:
     """A peer, and the other host's ends of its channels."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, **calls: Any) -> None:
         self.loop = Loop()
         self.starting = False
         self.received: list[Message] = []
@@ -45,6 +46,7 @@ class Ends:
             on_lost=self.lost.append,
             state=lambda: "protected",
             starting=lambda: self.starting,
+            **calls,
         )
 
     def close(self) -> None:
@@ -56,8 +58,8 @@ class Ends:
 
 
 @contextlib.contextmanager
-def ends(timeout_s: float = 30.0) -> Iterator[Ends]:
-    both = Ends(timeout_s)
+def ends(timeout_s: float = 30.0, **calls: Any) -> Iterator[Ends]:
+    both = Ends(timeout_s, **calls)
     try:
         yield both
     finally:
@@ -197,6 +199,20 @@ def test_a_silent_host_is_looked_at_when_it_may_be_lost() -> None:
         both.peer.monitor = PeerMonitor(timeout_s)
         both.peer.monitor.beat(now_s - 2 * timeout_s)
         assert both.peer.next_look_s() == interval_s  # it is lost: nothing to wait for
+
+
+def test_clients_that_wait_make_a_silent_host_be_lost_earlier() -> None:
+    since_s: list[float | None] = [None]
+    with ends(timeout_s=8.0, waiting_since_s=lambda: since_s[0]) as both:
+        now_s = time.monotonic()
+        both.peer.monitor.beat(now_s - 8.0 * peer.IMPATIENT - 1.0)
+        assert not both.peer.expired()
+        since_s[0] = now_s - 6.0
+        assert not both.peer.expired()
+        since_s[0] = now_s - 8.5
+        assert both.peer.expired()
+        both.peer.monitor.beat(now_s - 1.0)
+        assert not both.peer.expired(), "it lives"
 
 
 def test_a_look_at_the_lan_is_long_enough_and_done_in_time() -> None:

@@ -519,6 +519,31 @@ def test_a_backup_that_falls_silent(
     world.assert_clean()
 
 
+def test_since_when_clients_wait_for_the_backup() -> None:
+    """For the first of what is held and what the guest is not given; not before there is a copy that could be lost."""
+    world = World(Mode.COOPERATIVE)
+    since_s: list[float | None] = []
+
+    def note(held_s: float | None) -> None:
+        world.path.waiting_since_s = held_s
+        since_s.append(world.session._waiting_since_s())
+
+    def protected() -> None:
+        note(5.0)
+        note(None)
+        world.session.peer.guest_silent(7.0)
+        note(None)
+        note(9.0)
+        note(5.0)
+        world.session.request_stop()
+
+    world.at["commit"] = lambda: note(5.0)
+    world.on_event["protected"] = protected
+    assert world.run() is ExitStatus.OK
+    assert since_s == [None, 5.0, None, 7.0, 7.0, 5.0]
+    world.assert_clean()
+
+
 # -- requests --------------------------------------------------------------------------------------------------
 
 

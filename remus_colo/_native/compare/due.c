@@ -38,9 +38,9 @@ static int64_t due(const struct colo *c, int64_t since_ns)
     return (since_ns > c->resumed_ns ? since_ns : c->resumed_ns) + c->config.compare_timeout_ns;
 }
 
-static const struct held *oldest_held(const struct colo *c)
+static const struct held *oldest_held(const struct epoch *epoch)
 {
-    return list_empty(&c->epoch->held) ? NULL : CONTAINER(c->epoch->held.next, struct held, in_epoch);
+    return list_empty(&epoch->held) ? NULL : CONTAINER(epoch->held.next, struct held, in_epoch);
 }
 
 static const struct state *oldest_lead(const struct colo *c)
@@ -82,7 +82,7 @@ void colo_tick(struct colo *c, int64_t now_ns)
     doubt_settle(c, now_ns);
     if (c->requested)
         return;
-    h = oldest_held(c);
+    h = oldest_held(c->epoch);
     lead = oldest_lead(c);
     if (h && now_ns >= due(c, h->arrived_ns)) {
         time_out(c, h);
@@ -100,7 +100,7 @@ void colo_tick(struct colo *c, int64_t now_ns)
 
 int64_t colo_deadline(const struct colo *c)
 {
-    const struct held *h = oldest_held(c);
+    const struct held *h = oldest_held(c->epoch);
     const struct state *lead = oldest_lead(c);
     int64_t deadline = doubt_due(c);
 
@@ -111,4 +111,12 @@ int64_t colo_deadline(const struct colo *c)
     if (lead && due(c, lead->leading_ns) < deadline)
         deadline = due(c, lead->leading_ns);
     return deadline;
+}
+
+int64_t colo_oldest(const struct colo *c)
+{
+    const struct held *closing = c->cut ? oldest_held(c->cut->epoch) : NULL;
+    const struct held *h = closing ? closing : oldest_held(c->epoch);
+
+    return h ? h->arrived_ns : COLO_NEVER;
 }
