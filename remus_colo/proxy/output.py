@@ -96,7 +96,7 @@ class Output:
 
     @property
     def waiting_since_s(self) -> float | None:
-        """Since when the oldest packet that is held waits, by ``time.monotonic()``; None if none does."""
+        """Since when the oldest packet that is held waits, by ``time.monotonic()``; None if none is held."""
         return self._comparator.oldest_s
 
     # -- packets ---------------------------------------------------------------------------------------

@@ -98,6 +98,11 @@ class VifPath:
     def counters(self) -> dict[str, int]:
         return self.output.counters()
 
+    @property
+    def waiting_since_s(self) -> float | None:
+        """Since when the oldest packet that is held waits, by ``time.monotonic()``; None if none is held."""
+        return self.output.waiting_since_s
+
     def check_losses(self) -> None:
         self.output.check_losses()
 
@@ -211,12 +216,6 @@ class PrimaryPath:
                 )
             # On one host the backup's side makes a pair of links, this end among them.
             path.start(self.rules)
-
-    @property
-    def waiting_since_s(self) -> float | None:
-        """Since when the oldest of the guest's packets waits, by ``time.monotonic()``; None if none does."""
-        since_s = [path.output.waiting_since_s for path in self.vifs]
-        return min((known_s for known_s in since_s if known_s is not None), default=None)
 
     def each(self, call: Callable[[VifPath], object]) -> None:
         for path in self.vifs:

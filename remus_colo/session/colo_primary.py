@@ -244,7 +244,7 @@ class ColoSession(PrimarySession):
         """The guest's oldest packet that waits for its equal or for a commit, or the first that it is kept from hearing."""
         if PrimaryState.PROTECTED not in self.machine.visited:
             return None  # nothing is lost yet but the copy, and both hosts are at their hardest work
-        since_s = (self.path.waiting_since_s, self.peer.guest_silent_since_s())
+        since_s = [self.peer.guest_silent_since_s(), *(vif.waiting_since_s for vif in self.path.vifs)]
         return min((known_s for known_s in since_s if known_s is not None), default=None)
 
     def _look_at_packets(self) -> None:

@@ -186,6 +186,7 @@ class VifPath:
     def __init__(self, faults: Faults) -> None:
         self._step = faults.step
         self.input_held = self.mirror_held = self.output_held = False
+        self.waiting_since_s: float | None = None
 
     def hold_input(self) -> None:
         self._step("hold_input")
@@ -235,7 +236,6 @@ class Path:
         self.links.mtu.return_value = 1500
         self.links.addresses.return_value = {ip_address("10.77.0.11")}
         self.vifs = [VifPath(faults)]
-        self.waiting_since_s: float | None = None
         self.started = False
         self.closed = False
         self.dropped = False

@@ -525,7 +525,7 @@ def test_since_when_clients_wait_for_the_backup() -> None:
     since_s: list[float | None] = []
 
     def note(held_s: float | None) -> None:
-        world.path.waiting_since_s = held_s
+        world.path.vifs[0].waiting_since_s = held_s
         since_s.append(world.session._waiting_since_s())
 
     def protected() -> None:
