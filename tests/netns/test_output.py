@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -162,6 +163,28 @@ def test_flows_leave_independently(bench: Bench, net: Network, svm: RawLink) -> 
     for number in order:
         svm.send(frame(b"%d" % number, 9000 + number))
     assert bench.arrive(8) == [b"%d" % number for number in order]
+
+
+def test_since_when_the_oldest_packet_waits(bench: Bench, svm: RawLink) -> None:
+    """By the clock that heartbeats go by."""
+    assert bench.output.waiting_since_s is None
+    before_s = time.monotonic()
+    bench.say(b"first")
+    bench.held(1)
+    first_s = bench.output.waiting_since_s
+    assert first_s is not None
+    assert before_s < first_s < time.monotonic()
+    bench.say(b"second")
+    bench.held(2)
+    assert bench.output.waiting_since_s == first_s
+    svm.send(frame(b"first"))
+    bench.held(1)
+    second_s = bench.output.waiting_since_s
+    assert second_s is not None
+    assert first_s < second_s < time.monotonic()
+    svm.send(frame(b"second"))
+    bench.held(0)
+    assert bench.output.waiting_since_s is None
 
 
 def test_a_timer_asks_for_what_the_svm_never_says(net: Network, rules: QueueRules, svm: RawLink) -> None:
