@@ -38,7 +38,7 @@ BYE_TIMEOUT_S = 0.2
 # memory for it.
 STREAM_TIMEOUT_S = 120.0
 # Of the time for which the other host may be silent, when clients have already waited for so long.
-IMPATIENT = 0.5
+IMPATIENT = 0.6
 # Until there is a replica nothing hangs on how soon a silent host is given up, and making one is the hardest
 # that both hosts have to do: a whole guest is copied, suspended and resumed.
 PATIENCE_AT_START_S = 20.0

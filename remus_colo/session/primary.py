@@ -35,6 +35,8 @@ from remus_colo.session.steps import each
 
 log = logging.getLogger(__name__)
 
+# Of the heartbeat time-out: until a guest whose backup is lost is heard again.
+REACTION = 0.2
 GUEST_CHECK_S = 0.5
 STOP_TIMEOUT_S = 30.0
 STANDSTILL_LOOK_S = 0.02
@@ -64,11 +66,12 @@ class SessionStats:
 
 
 def patience_s(heartbeat: HeartbeatConfig) -> float:
-    """How long a silent backup is given: one heartbeat less than the time-out, so that clients whose answers
-    wait for it wait no longer than that.  The backup need not agree: it looks for the guest on the LAN before
-    it takes over.
+    """How long a silent backup is given: less than the time-out by one heartbeat, which is how late that may be
+    noticed, and by :data:`REACTION`, so that clients whose answers wait for it wait no longer than the time-out.  The
+    backup need not agree: it looks for the guest on the LAN before it takes over.
     """
-    return max(heartbeat.timeout_s - heartbeat.interval_s, heartbeat.timeout_s / 2)
+    least_s, most_s = heartbeat.timeout_s / 2, heartbeat.timeout_s * (1 - REACTION)
+    return max(least_s, min(most_s, heartbeat.timeout_s - heartbeat.interval_s))
 
 
 class PrimarySession(abc.ABC):
