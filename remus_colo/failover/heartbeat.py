@@ -95,6 +95,7 @@ class SelfMonitor:
     :param limit_s: the longest gap between two of our heartbeats that the backup surely bears with:
         its time-out less what a heartbeat can be late.
     :ivar guest_limit_s: the longest silence of the guest's that it surely bears with: less than it looks for the guest.
+    :ivar guest_silent_since_s: since when the guest answers nobody; None if it does.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -103,7 +104,7 @@ class SelfMonitor:
         self._last_s: float | None = None
         self._last_sequence = 0
         self._unseen_from: int | None = None
-        self._guest_silent_s: float | None = None  # since when
+        self.guest_silent_since_s: float | None = None
 
     def sent(self, sequence: int, now_s: float) -> None:
         """Heartbeat ``sequence`` has gone out."""
@@ -112,22 +113,18 @@ class SelfMonitor:
         self._last_s = now_s
         self._last_sequence = sequence
 
-    @property
-    def guest_silent_since_s(self) -> float | None:
-        return self._guest_silent_s
-
     def guest_silent(self, since_s: float) -> None:
         """The guest stands still, or hears nobody: it answers no one who looks for it.
 
         :param since_s: since then; a later call knows better.
         """
-        self._guest_silent_s = since_s
+        self.guest_silent_since_s = since_s
 
     def guest_answers(self, now_s: float) -> None:
         """It does again. Idempotent."""
         if self._guest_missed(now_s) and self._unseen_from is None:
             self._unseen_from = self._last_sequence + 1
-        self._guest_silent_s = None
+        self.guest_silent_since_s = None
 
     def seen(self, sequence: int) -> None:
         """The backup has seen our heartbeat ``sequence``.
@@ -142,7 +139,9 @@ class SelfMonitor:
         return self._unseen_from is not None or self._late(now_s) or self._guest_missed(now_s)
 
     def _guest_missed(self, now_s: float) -> bool:
-        return self._guest_silent_s is not None and now_s - self._guest_silent_s > self.guest_limit_s
+        return (
+            self.guest_silent_since_s is not None and now_s - self.guest_silent_since_s > self.guest_limit_s
+        )
 
     def _late(self, now_s: float) -> bool:
         return self._last_s is not None and now_s - self._last_s > self.limit_s

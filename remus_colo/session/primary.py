@@ -66,9 +66,9 @@ class SessionStats:
 
 
 def patience_s(heartbeat: HeartbeatConfig) -> float:
-    """How long a silent backup is given: less than the time-out by one heartbeat, which is how late that may be
-    noticed, and by :data:`REACTION`, so that clients whose answers wait for it wait no longer than the time-out.  The
-    backup need not agree: it looks for the guest on the LAN before it takes over.
+    """How long a silent backup is given: less than the time-out by :data:`REACTION`, or by one heartbeat if that is
+    more, so that clients whose answers wait for it wait no longer than the time-out.  The backup need not agree: it
+    looks for the guest on the LAN before it takes over.
     """
     least_s, most_s = heartbeat.timeout_s / 2, heartbeat.timeout_s * (1 - REACTION)
     return max(least_s, min(most_s, heartbeat.timeout_s - heartbeat.interval_s))
@@ -188,7 +188,7 @@ class PrimarySession(abc.ABC):
         """The guest's output in figures, all vifs together."""
 
     def _waiting_since_s(self) -> float | None:
-        """Since when clients wait because of the backup, as far as that is none of the mode's own; None if none do."""
+        """Since when clients wait because of the backup; None if none do, or if the mode has them wait anyway."""
         return None
 
     def _stands_still(self) -> bool:
